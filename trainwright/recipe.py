@@ -1,4 +1,4 @@
-"""What the user says: typed sections, read from YAML, with every fault reported at once.
+"""What the user says: typed sections. ``recipe_file`` reads and writes them.
 
 Nothing heavy is imported here, so that ``trainwright --help`` and ``trainwright schema`` answer at once.
 """
@@ -6,31 +6,33 @@ Nothing heavy is imported here, so that ``trainwright --help`` and ``trainwright
 from __future__ import annotations
 
 import difflib
-import os
-import re
-import types
-import typing
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class InputError(ValueError):
     """The user's input is wrong; the message says what, where and how to mend it. Exit code 2."""
 
 
-def nearest(word: str, known: typing.Iterable[str]) -> str:
+class RunError(RuntimeError):
+    """The run itself failed and the message says why (a loss that isn't finite, ...). Exit code 3, no traceback."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean ...?)' for the closest known name, or the empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are forbidden, values are checked, nothing changes after reading."""
+    """A part of the recipe: unknown keys are forbidden, values are checked, nothing changes after reading.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    NOTE: strict, because pydantic would otherwise take ``true`` for 1 and ``"8"`` for 8 without a word.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -47,11 +49,13 @@ class Model(Section):
     )
     pretrained: str | None = Field(
         None,
-        description="weights to start from: smollm2-135m, a Hugging Face folder, a hub name, a .gguf file, or a run's model folder",
+        description="weights to start from: smollm2-135m, a Hugging Face folder, a hub name, a .gguf file, "
+        "or a run's model folder",
     )
     match: Literal["exact", "overlap"] = Field(
         "exact",
-        description="exact: every name and shape must match. overlap: copy what matches, initialise the rest, report both",
+        description="exact: every name and shape must match. overlap: copy what matches, initialise the rest, "
+        "report both",
     )
     tokenizer: str | None = Field(None, description="folder or hub name; by default the one beside the weights")
 
@@ -78,7 +82,9 @@ class Lora(Section):
     method: Literal["lora"]
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    targets: str | list[str] = Field("all-linear", description="all-linear (without the head), or name patterns of modules")
+    targets: str | list[str] = Field(
+        "all-linear", description="all-linear (without the head), or name patterns of modules"
+    )
     dropout: Fraction = 0.0
     scaling: Literal["standard", "rslora"] = Field("standard", description="alpha/rank, or alpha/sqrt(rank)")
     start: str | None = Field(None, description="folder with an adapter in PEFT's format to continue from")
@@ -101,7 +107,8 @@ class TextData(Section):
 
     kind: Literal["text"] = "text"
     source: str = Field(
-        description="python-docstrings, or a .jsonl .json .csv .parquet .txt file, or a folder saved by Hugging Face datasets"
+        description="python-docstrings, or a .jsonl .json .csv .parquet .txt file, "
+        "or a folder saved by Hugging Face datasets"
     )
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "txt", "datasets"] = "auto"
     fields: Fields = Field(default_factory=Fields)
@@ -110,12 +117,16 @@ class TextData(Section):
     )
     sequence_length: Positive = 512
     too_long: Literal["truncate", "drop", "split"] = "truncate"
-    packing: bool = Field(True, description="several documents in a row; each attends to itself and restarts its positions")
+    packing: bool = Field(
+        True, description="several documents in a row; each attends to itself and restarts its positions"
+    )
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] | str | None = Field(
         0.05, description="fraction of the documents, or a file, that is never trained on"
     )
     limit: Positive | None = Field(None, description="use at most so many documents")
-    workers: Annotated[int, Field(ge=0)] | None = Field(None, description="processes that tokenise; default: one a core")
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="processes that tokenise; default: one a core"
+    )
     cache: str | None = Field(None, description="folder of tokenised data; default ~/.cache/trainwright")
 
 
@@ -131,7 +142,8 @@ class AdamW(Section):
     name: Literal["adamw"] = "adamw"
     learning_rate: Annotated[float, Field(ge=0)] = 2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    # YAML has lists only, and a strict tuple would refuse them.
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
 
 
@@ -158,18 +170,26 @@ class Schedule(Section):
     """The learning rate as a function of the step alone."""
 
     name: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Annotated[float, Field(ge=0)] = Field(0.03, description="below 1 a fraction of all steps, else a number of steps")
+    warmup: Annotated[float, Field(ge=0)] = Field(
+        0.03, description="below 1 a fraction of all steps, else a number of steps"
+    )
     final: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="the last rate, as a fraction of the peak")
 
 
 class Training(Section):
     """How long, and in which portions."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the data; 1 if steps isn't given either")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="passes over the data; 1 if steps isn't given either"
+    )
     steps: Positive | None = Field(None, description="optimizer steps; or give epochs")
     batch_size: Positive = Field(8, description="rows a step, over all processes")
-    micro_batch_size: Positive | None = Field(None, description="rows at once in a process; must divide the batch; default: fits")
-    clip_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null: no clipping")
+    micro_batch_size: Positive | None = Field(
+        None, description="rows at once in a process; must divide the batch; default: fits"
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="largest global gradient norm; null: no clipping"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:

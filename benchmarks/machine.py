@@ -1,0 +1,77 @@
+"""What this process takes and what this machine can do: resident memory, and the rate of matrix products."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+# Outputs x inputs of the seven linear layers of one SmolLM2-135M block (q, k, v, o, gate, up, down), and of its head.
+BLOCK_SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+BLOCKS = 30
+HEAD_SHAPE = (49152, 576)
+SQUARE_SIZES = (1024, 2048, 3072)
+
+
+def _status_bytes(field: str) -> int:
+    """A `kB` line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}: resident memory can be read on Linux only")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now, in bytes."""
+    return _status_bytes("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident memory of this process since it started, in bytes.
+
+    NOTE: not `ru_maxrss`, which a process inherits from the one that started it.
+    """
+    return _status_bytes("VmHWM")
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median wall time of `work()` in seconds, after one call that isn't counted."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def square_product_rate(dtype: torch.dtype, repeats: int = 15) -> float:
+    """FLOP/s of an n x n by n x n product: the median over `SQUARE_SIZES`."""
+    rates = []
+    for size in SQUARE_SIZES:
+        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        rates.append(2 * size**3 / median_seconds(lambda: a @ b, repeats))
+    return statistics.median(rates)
+
+
+def model_product_rate(dtype: torch.dtype, tokens: int = 1024, repeats: int = 9) -> float:
+    """FLOP/s of all linear layers of SmolLM2-135M, each with weights of its own, in one forward pass of `tokens`."""
+    shapes = BLOCK_SHAPES * BLOCKS + [HEAD_SHAPE]
+    weights = [torch.randn(shape).to(dtype) for shape in shapes]
+    inputs = {width: torch.randn(tokens, width).to(dtype) for width in {shape[1] for shape in shapes}}
+
+    def forward() -> None:
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
+
+    return sum(2 * tokens * weight.numel() for weight in weights) / median_seconds(forward, repeats)
+
+
+@torch.no_grad()
+def matrix_product_rate(dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of forward products in `dtype`: `square` matrices, and the `model_shapes` of SmolLM2-135M."""
+    return {"square": square_product_rate(dtype), "model_shapes": model_product_rate(dtype)}

@@ -1,0 +1,83 @@
+"""Partial fine-tuning: parameters whose names match learn, and only those are saved, as ``delta.safetensors``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainwright.models.contract import Change, match
+from trainwright.recipe import InputError, Partial, nearest
+
+FILE = "delta.safetensors"
+
+
+def apply(model: nn.Module, section: Partial) -> Change:
+    """Freeze everything but the matching parameters.
+
+    Raises:
+        InputError: a pattern that matches no parameter.
+    """
+    names = match(section.train, (name for name, _ in model.named_parameters()), "adapt.train")
+    model.requires_grad_(False)
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    count = sum(model.get_parameter(name).numel() for name in names)
+    return Change("partial", f"{count:,} parameters in {len(names)} tensors learn; the rest is frozen", tuple(names))
+
+
+def save(model: nn.Module, section: Partial, folder: Path, *, base: str, base_hash: str) -> None:
+    """Write the trained tensors, with the base's name and hash and the patterns as metadata."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    metadata = {"format": "pt", "base": base, "base_hash": base_hash, "patterns": json.dumps(section.train)}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / FILE, metadata=metadata)
+
+
+def read_section(folder: Path) -> Partial:
+    """The patterns a delta was trained with."""
+    with _open(folder) as file:
+        return Partial(method="partial", train=json.loads(file.metadata()["patterns"]))
+
+
+def read(folder: Path, base_hash: str | None) -> dict[str, Tensor]:
+    """The tensors of a delta.
+
+    Raises:
+        InputError: no delta there, a damaged one, or one made for another base.
+    """
+    with _open(folder) as file:
+        made_for = file.metadata()
+        if base_hash is not None and made_for["base_hash"] != base_hash:
+            raise InputError(
+                f"{folder / FILE}: made for another base, {made_for['base']} (hash {made_for['base_hash'][:12]}; "
+                f"this base has {base_hash[:12]})"
+            )
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: Path, base_hash: str | None) -> None:
+    """Copy a delta's tensors over those of the base."""
+    parameters = dict(model.named_parameters())
+    for name, value in read(folder, base_hash).items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise InputError(f"{folder / FILE}: {name} {list(value.shape)} is not in the model{nearest(name, parameters)}")
+        parameters[name].copy_(value)
+
+
+def _open(folder: Path) -> safe_open:
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: no {FILE} there")
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    if not {"base", "base_hash", "patterns"} <= set(file.metadata() or {}):
+        raise InputError(f"{path}: its metadata doesn't name the base it was made for; it isn't one of ours")
+    return file

@@ -1,0 +1,44 @@
+"""Low precision: products in bfloat16 under autocast; frozen weights are stored in it, trained ones keep float32 masters.
+
+An update smaller than 1/256 of a weight is lost in a bfloat16 weight; that is why what learns stays in float32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import nn
+
+from trainwright.models.contract import Change
+
+Precision = Literal["fp32", "bf16"]
+
+
+def choose(section: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
+    """What ``auto`` means on this device: bf16 where the hardware multiplies it, else fp32."""
+    if section != "auto":
+        return section
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cpu":
+        capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+        return "bf16" if capable else "fp32"
+    return "fp32"
+
+
+def apply(model: nn.Module, precision: Precision) -> Change:
+    """Give frozen parameters their stored dtype; on the meta device, so that loading makes no second copy."""
+    if precision == "fp32":
+        return Change("precision", "everything in float32")
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    count = sum(p.numel() for p in frozen)
+    return Change("precision", f"products in bfloat16, {count:,} frozen parameters stored in it; float32 masters for the rest")
+
+
+def context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """What the forward and the loss run under."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
