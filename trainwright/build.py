@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
-import logging
 import os
 import shutil
 import sys
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trainwright import losses, metrics, optim
+from trainwright import flops, losses, metrics, optim, saving
 from trainwright.adapt import full, lora
 from trainwright.adapt import partial as partial_tuning
 from trainwright.data import loader, packing, text
@@ -32,8 +32,6 @@ from trainwright.recipe import InputError, Lora, Partial, Recipe, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-log = logging.getLogger(__name__)
 
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # enough for efficient products on each
 
@@ -94,5 +92,226 @@ def assemble(recipe: Recipe, *, progress: Callable[[str, int], None] = lambda wh
         clip=partial(optim.clip_, trained, recipe.training.clip_norm),
         held_out=_held_out(recipe, splits.held_out, batches),
         metrics=metrics.language_model,
-        facts={"built": built, "tokenizer": tokenizer, "splits": splits, "steps_per_epoch": batches.steps_per_epoch},
+        flops=flops.counter(flops.decoder_work(built.model, built.model.config)) if _is_decoder(built) else None,
+        save=partial(saving.save_model, recipe, built.model, built.config, built.source, tokenizer),
+        compute_dtype=torch.bfloat16 if built.precision == "bf16" else torch.float32,
+        steps_per_epoch=batches.steps_per_epoch,
+        notes=_data_notes(splits, batches),
     )
+
+
+def assemble_model(recipe: Recipe, *, frozen: bool = False) -> Built:
+    """The model with its techniques applied, in their order; a decoder still on the meta device, without values.
+
+    Args:
+        frozen: nothing will learn, so that everything may be stored in the compute dtype.
+    """
+    place = choose_device(recipe.run.device)
+    source = pretrained.locate(recipe.model.pretrained) if recipe.model.pretrained else None
+    model, config = _make(recipe, source)
+    kind = precision.choose(recipe.precision, place)
+    changes = [_adapt(model, recipe)]  # which parameters learn; new ones (LoRA) appear here
+    if frozen:
+        model.requires_grad_(False)
+    changes.append(precision.apply(model, kind))  # after it, because frozen parameters are stored in less
+    return Built(model, changes, config, source, kind, place)
+
+
+def _make(recipe: Recipe, source: pretrained.Source | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The plain model and its config.json; a decoder on the meta device, a user's module where it makes itself."""
+    section = recipe.model
+    if section.architecture != "decoder":
+        return _user_module(section.architecture, section.options, recipe.run.seed), {}
+    decoder.check_options(section.options)
+    if source is None and not section.options:
+        raise InputError("model: give model.pretrained (weights to start from) or model.options (the keys of a config.json)")
+    config = {**(pretrained.read_config(source) if source else {"model_type": "llama"}), **section.options}
+    with torch.device("meta"):
+        return decoder.Decoder(decoder.read_config(config, source.shown if source else "model.options")), config
+
+
+def _user_module(name: str, options: dict[str, Any], seed: int) -> nn.Module:
+    """Call the user's ``module:function``; modules beside the recipe's working folder are found."""
+    if ":" not in name:
+        raise InputError(
+            f"model.architecture: {name!r} is unknown{nearest(name, ['decoder'])}; give 'decoder' or 'module:function'"
+        )
+    module_name, function_name = name.split(":", 1)
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"model.architecture: {error}; start in the folder that holds {module_name}.py, or install it") from None
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise InputError(f"model.architecture: {module_name} has no function {function_name!r}{nearest(function_name, dir(module))}")
+    torch.manual_seed(seed)
+    try:
+        made = function(**options)
+    except TypeError as error:
+        raise InputError(f"model.options don't fit {name}: {error}") from None
+    if not isinstance(made, nn.Module):
+        raise InputError(f"model.architecture: {name} returned {type(made).__name__}, not an nn.Module")
+    return made
+
+
+def _adapt(model: nn.Module, recipe: Recipe) -> Change:
+    section = recipe.adapt
+    if isinstance(section, Lora):
+        return lora.apply(model, section)
+    if isinstance(section, Partial):
+        return partial_tuning.apply(model, section)
+    return full.apply(model, section)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the accelerator that torch finds, else the CPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"run.device: {name!r} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"run.device: {name!r}, but torch finds no CUDA device here; use auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"run.device: {name!r}, but torch finds no Metal device here; use auto or cpu")
+    return device
+
+
+def materialise(built: Built, recipe: Recipe) -> None:
+    """Give every parameter its values: the weights', the seed's for what they lack, those of an adapter to go on from."""
+    model, device = built.model, built.device
+    if built.source is not None:
+        report = pretrained.load_into(
+            model, pretrained.open_weights(built.source), match=recipe.model.match, device=device, ignore=lora.is_factor
+        )
+        built.changes.insert(0, Change("pretrained", report.describe()))
+    unmade = pretrained.allocate(model, device)
+    model.to(device)
+    generator = torch.Generator(device).manual_seed(recipe.run.seed)
+    if isinstance(model, decoder.Decoder):
+        model.initialize({name for name in unmade if not lora.is_factor(name)}, generator)
+    lora.initialize(model, generator)
+    start = getattr(recipe.adapt, "start", None)
+    if start is not None:
+        load = lora.load if isinstance(recipe.adapt, Lora) else partial_tuning.load
+        load(model, Path(start), pretrained.fingerprint(built.source) if built.source else None)
+
+
+def compile_blocks(built: Built, recipe: Recipe) -> Change:
+    """Compile the forward of each block; equal blocks share one graph. The module and its names stay."""
+    blocks = getattr(built.model, "blocks", list)()
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or built.device.type == "cuda"
+    if recipe.run.compile == "off" or not blocks or (recipe.run.compile == "auto" and not compiler):
+        reason = "run.compile is off" if recipe.run.compile == "off" else "no C++ compiler found" if blocks else "no blocks"
+        return Change("compile", f"not compiled: {reason}")
+    for block in blocks:
+        block.forward = torch.compile(block.forward)
+    return Change("compile", f"{len(blocks)} blocks compiled as one graph")
+
+
+def find_tokenizer(recipe: Recipe, source: pretrained.Source | None) -> PreTrainedTokenizerFast:
+    """The tokenizer that the recipe names, else the one beside the weights."""
+    if recipe.model.tokenizer:
+        return pretrained.load_tokenizer(recipe.model.tokenizer)
+    if source is None:
+        raise InputError("model.tokenizer: text data need a tokenizer, and without model.pretrained there is none; name a folder")
+    return pretrained.load_tokenizer(source)
+
+
+def text_objective(built: Built, recipe: Recipe) -> Callable[[Any], tuple[Tensor, int]]:
+    """A text batch to its summed loss and the number of supervised tokens."""
+    model, takes_documents = built.model, _takes_documents(built.model)
+    has_head = hasattr(model, "head_weight")
+
+    def objective(batch: loader.TextBatch) -> tuple[Tensor, int]:
+        batch = batch.to(built.device)
+        torch._dynamo.mark_dynamic(batch.documents, 0)  # else each number of documents would be compiled anew
+        with precision.context(built.precision, built.device):
+            inputs = (batch.tokens, batch.positions, batch.documents) if takes_documents else (batch.tokens,)
+            out = model(*inputs)
+            if has_head:
+                return losses.token_cross_entropy(out, model.head_weight(), batch.labels, recipe.loss)
+            return losses.logits_cross_entropy(out, batch.labels, recipe.loss)
+
+    return objective
+
+
+def _takes_documents(model: nn.Module) -> bool:
+    return "documents" in inspect.signature(type(model).forward).parameters
+
+
+def _check_packing(recipe: Recipe, model: nn.Module) -> None:
+    if recipe.data.packing and not _takes_documents(model):
+        raise InputError(
+            f"data.packing: {recipe.model.architecture} takes no documents in its forward, so packed documents would attend to "
+            "each other; set data.packing: false, or take (tokens, positions, documents)"
+        )
+
+
+def _rows(recipe: Recipe, documents: text.Documents) -> list:
+    if recipe.data.packing:
+        return packing.pack(documents.lengths, recipe.data.sequence_length)
+    return packing.one_per_row(documents.lengths)
+
+
+def micro_batch_size(recipe: Recipe, device: torch.device) -> int:
+    """What the recipe says, else the largest divisor of the batch size with at most ``MICRO_BATCH_TOKENS``."""
+    training = recipe.training
+    if training.micro_batch_size:
+        return training.micro_batch_size
+    fitting = max(1, MICRO_BATCH_TOKENS.get(device.type, 1024) // recipe.data.sequence_length)
+    return max(n for n in range(1, training.batch_size + 1) if training.batch_size % n == 0 and n <= fitting)
+
+
+def _loader(
+    recipe: Recipe, documents: text.Documents, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> loader.Loader:
+    return loader.Loader(
+        documents,
+        _rows(recipe, documents),
+        length=recipe.data.sequence_length,
+        batch_size=recipe.training.batch_size,
+        micro_batch_size=micro_batch_size(recipe, device),
+        seed=recipe.run.seed,
+        pad_id=_pad_id(tokenizer),
+    )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Any valid id will do: padding is a document of its own and predicts nothing."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _held_out(
+    recipe: Recipe, documents: text.Documents | None, batches: loader.Loader
+) -> Callable[[], Iterable[loader.TextBatch]] | None:
+    if documents is None:
+        return None
+    return partial(
+        loader.in_order,
+        documents,
+        _rows(recipe, documents),
+        batches.micro_batch_size,
+        length=batches.length,
+        pad_id=batches.pad_id,
+    )
+
+
+def _is_decoder(built: Built) -> bool:
+    return isinstance(built.model, decoder.Decoder)
+
+
+def _data_notes(splits: text.TextSplits, batches: loader.Loader) -> list[str]:
+    """What became of the documents, for people."""
+    notes = []
+    for name, documents in (("train", splits.train), ("held-out", splits.held_out)):
+        if documents is not None:
+            counts = {key: value for key, value in dataclasses.asdict(documents.counts).items() if value}
+            notes.append(f"{name} data: " + ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()))
+    filled = splits.train.counts.tokens / (len(batches.rows) * batches.length)
+    return [*notes, f"packed into {len(batches.rows):,} rows of {batches.length} tokens, {filled:.1%} full"]

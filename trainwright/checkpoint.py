@@ -50,10 +50,9 @@ def write(run_folder: Path, step: int, tensors: Mapping[str, Tensor], state: Map
     """Write the checkpoint of ``step``, replacing one of the same step; it is on the disk when its folder is returned.
 
     tensors   any device and shape (0-dim and empty too), dtypes that safetensors knows; no two may overlap in memory
-    state     comes back as JSON gives it back: tuples and keys that aren't strings have to go through ``flatten``
+    state     what JSON keeps, else TypeError; tuples and keys that aren't strings have to go through ``flatten``
 
-    CheckpointError if the disk refuses (full, not writable): what was begun is removed, older checkpoints stay whole.
-    TypeError or ValueError for content that can't be stored.
+    CheckpointError if the disk refuses (full, not writable): what was begun is gone, older checkpoints stay whole.
     """
     state_text = json.dumps(state)
     dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -65,8 +64,9 @@ def write(run_folder: Path, step: int, tensors: Mapping[str, Tensor], state: Map
         _write_and_publish(final, step, dense, state_text)
     except (OSError, SafetensorError) as error:
         needed = sum(tensor.nbytes for tensor in dense.values()) + len(state_text)
+        free = shutil.disk_usage(next(filter(os.path.isdir, final.absolute().parents))).free
         raise CheckpointError(
-            f"checkpoint {final} could not be written: {error}. It needs {needed:,} bytes, {_free(final):,} are free. "
+            f"checkpoint {final} could not be written: {error}. It needs {needed:,} bytes, {free:,} are free. "
             "Older checkpoints are untouched: make room, then resume"
         ) from error
     return final
@@ -138,13 +138,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _free(folder: Path) -> int:
-    """Free bytes on the disk where ``folder`` is or would be."""
-    while not os.path.isdir(folder):
-        folder = folder.absolute().parent
-    return shutil.disk_usage(folder).free
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -248,10 +241,11 @@ def flatten(state: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
              ``torch.get_rng_state()``; keys may be any of the immutable ones; subclasses come back as the plain type
     prefix   begins the names: ``flatten(sgd.state_dict(), "optimizer")`` gives ``optimizer.state.0.momentum_buffer``
 
-    The tensors are those of the state, detached, not copies. TypeError with the path of a value of any other type.
+    The tensors are those of the state, not copies; one that occurs twice (the learning rate of several groups) has one
+    name. TypeError with the path of a value of any other type.
     """
     tensors: dict[str, Tensor] = {}
-    return tensors, _encode(state, prefix, tensors)
+    return tensors, _encode(state, prefix, tensors, {})
 
 
 def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
@@ -272,29 +266,30 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return skeleton
 
 
-def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The skeleton of one value; its tensors are added to ``tensors`` under names made of the path."""
+def _encode(value: Any, path: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
+    """The skeleton of one value; its tensors go to ``tensors`` under their paths, which ``names`` keeps by their id."""
     match value:
         case Tensor():
             while path in tensors or not path:  # paths can read alike: those of keys 0 and "0" do
                 path += "'" if path else "tensor"
-            tensors[path] = value.detach()
-            return {"tensor": path}
+            name = names.setdefault(id(value), path)
+            tensors[name] = value
+            return {"tensor": name}
         case float() if not math.isfinite(value):
             return {"float": struct.pack(">d", value).hex()}  # JSON has none, and a NaN has a sign and a payload
         case None | bool() | int() | float() | str():
             return value
         case dict():
-            return _encode_dict(value, path, tensors)
+            return _encode_dict(value, path, tensors, names)
         case list() | tuple():
-            items = [_encode(item, f"{path}.{index}".lstrip("."), tensors) for index, item in enumerate(value)]
+            items = [_encode(item, f"{path}.{index}".lstrip("."), tensors, names) for index, item in enumerate(value)]
             return items if isinstance(value, list) else {"tuple": items}
     raise TypeError(f"{path or 'the state'} is a {type(value).__name__}, neither a tensor nor a plain value")
 
 
-def _encode_dict(value: dict[Any, Any], path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _encode_dict(value: dict[Any, Any], path: str, tensors: dict[str, Tensor], names: dict[int, str]) -> dict[str, Any]:
     """A plain JSON object where that is exact; pairs where keys aren't strings or would read as one of our marks."""
-    encoded = [(key, _encode(item, f"{path}.{key}".lstrip("."), tensors)) for key, item in value.items()]
+    encoded = [(key, _encode(item, f"{path}.{key}".lstrip("."), tensors, names)) for key, item in value.items()]
     if all(isinstance(key, str) and key not in _MARKS for key in value):
         return dict(encoded)
-    return {"items": [[_encode(key, path, tensors), item] for key, item in encoded]}
+    return {"items": [[_encode(key, path, tensors, names), item] for key, item in encoded]}

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -37,7 +38,8 @@ class RunError(RuntimeError):
 class Run:
     """A training program, ready to go: what ``build.assemble`` makes and ``train`` drives.
 
-    ``step`` counts the optimizer steps done. The global batch of a step depends on (seed, step) alone.
+    ``step`` counts the optimizer steps done. The global batch of a step depends on (seed, step) alone. ``save`` writes the
+    model in the format of its method; ``flops`` counts the work of a micro-batch, where that is known.
     """
 
     recipe: Recipe
@@ -54,9 +56,13 @@ class Run:
     clip: Callable[[], Tensor]
     held_out: Callable[[], Iterable[Batch]] | None
     metrics: Callable[[float, int], dict[str, float]]
+    flops: Callable[[Batch], float] | None
+    save: Callable[[Path], None]
+    compute_dtype: torch.dtype
+    steps_per_epoch: int
     unit: str = "tokens"
+    notes: list[str] = field(default_factory=list)
     step: int = 0
-    facts: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class StepResult:
     supervised: int
     seconds: float
     peak_memory_bytes: int
+    flops: float
 
 
 def train(run: Run) -> Iterator[StepResult]:
@@ -109,6 +116,7 @@ def _take_step(run: Run) -> StepResult:
         supervised=sum(batch.supervised for batch in batches),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory(run.device),
+        flops=sum(run.flops(batch) for batch in batches) if run.flops else 0.0,
     )
 
 

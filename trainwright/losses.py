@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from trainwright.recipe import Loss
 
@@ -28,6 +29,18 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, section:
     targets = labels.flatten().index_select(0, supervised)
     options = (section.label_smoothing, section.z_loss)
     return _ChunkedCrossEntropy.apply(rows, weight, targets, options), len(supervised)
+
+
+def logits_cross_entropy(logits: Tensor, labels: Tensor, section: Loss) -> tuple[Tensor, int]:
+    """The same from logits (rows, length, vocabulary) that a user's model has made whole."""
+    supervised = labels.flatten().ne(-100).nonzero().squeeze(1)
+    picked = logits.flatten(0, -2).index_select(0, supervised)
+    picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
+    targets = labels.flatten().index_select(0, supervised)
+    total = cross_entropy(picked, targets, reduction="sum", label_smoothing=section.label_smoothing)
+    if section.z_loss:
+        total = total + section.z_loss * picked.logsumexp(-1).square().sum()
+    return total, len(supervised)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

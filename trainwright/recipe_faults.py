@@ -26,6 +26,7 @@ from trainwright.recipe_types import (
     tag_key,
     unwrap,
     variants,
+    without_none,
 )
 
 NOTHING = object()
@@ -42,7 +43,7 @@ class Place(typing.NamedTuple):
 def complete(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """``mapping`` with an empty section where a required one is missing, and the default tag where a section has none.
 
-    Faults then name the key inside (``data.source``), and ``optimizer: {learning_rate: 1e-4}`` means the default optimizer.
+    Faults then name the key inside (``data.source``), and ``optimizer: {learning_rate: 1e-4}`` is the default one.
     """
     filled = dict(mapping)
     for name, field in Recipe.model_fields.items():
@@ -65,15 +66,20 @@ def explain(error: ValidationError, mapping: Mapping[str, Any]) -> list[str]:
 
 def locate(loc: Iterable[int | str], mapping: Mapping[str, Any]) -> Place:
     """Follow pydantic's location through the types, leaving out what users don't write: tags and branches of unions."""
-    path, hint, value = "", Recipe, mapping
+    path, hint, value = "", typing.cast(Any, Recipe), mapping
     for part in loc:
         plain, field = unwrap(hint)
         if field is not None and tag_key(field):
             hint = variants(field)[str(part)]
-        elif is_section(plain) or typing.get_origin(plain) in (list, tuple, dict):
-            path, hint, value = join(path, part), inside(plain, part), _get(value, part)
+            continue
+        plain = unwrap(without_none(plain))[0]
+        if typing.get_origin(plain) in (list, tuple):
+            path = f"{path}[{part}]"
+        elif is_section(plain) or typing.get_origin(plain) is dict:
+            path = join(path, part)
         else:
             break
+        hint, value = inside(plain, part), _get(value, part)
     return Place(path, hint, value)
 
 
@@ -91,7 +97,7 @@ def _line(fault: ErrorDetails, place: Place, mapping: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return f"{path}: {_unknown(fault['loc'], mapping)}"
     if kind == "invalid_key" or fault["loc"][-1:] == ("[key]",):
-        return f"{path}: keys are text; put it in quotes"
+        return f"{path}: a key must be text: put it in quotes"
     if kind == "value_error":  # a rule of ours, which says all there is to say
         return ": ".join(filter(None, [path, str(fault["ctx"]["error"])]))
     plain, field = unwrap(place.hint)
@@ -101,7 +107,8 @@ def _line(fault: ErrorDetails, place: Place, mapping: Mapping[str, Any]) -> str:
     if value is NOTHING:
         return f"{path}: missing; give {allowed(place.hint)}{_described(field)}"
     literal = typing.get_origin(plain) is Literal
-    return f"{path}: found {shown(value)}; must be {choice(typing.get_args(plain), value) if literal else allowed(place.hint)}"
+    wanted = choice(typing.get_args(plain), value) if literal else allowed(place.hint)
+    return f"{path}: found {shown(value)}; must be {wanted}"
 
 
 def _described(field: Any) -> str:

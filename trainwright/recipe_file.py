@@ -28,7 +28,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     mapping = _read(path)
     faults = [fault for override in overrides if (fault := _override(mapping, override))]
     recipe, more = _check(mapping)
-    _refuse([*faults, *more], " with ".join([str(path), " ".join(overrides)]) if overrides else str(path))
+    _refuse([*faults, *more], f"{path} with overrides" if overrides else str(path))
     assert recipe is not None, "no faults, so there is a recipe"
     if recipe.run.folder is not None:
         return recipe
@@ -60,7 +60,7 @@ def schema() -> dict[str, Any]:
 def _check(mapping: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     """The recipe, or its faults.
 
-    NOTE: rules that tie keys together (epochs or steps, not both) are looked at once each of those keys is right by itself.
+    NOTE: rules that tie keys together (epochs or steps, not both) are looked at when each of them is right by itself.
     """
     try:
         return Recipe.model_validate(complete(mapping)), []
@@ -100,7 +100,8 @@ def _near(path: Path) -> str:
     """The recipe that was probably meant, beside ``path`` or among the shipped ones."""
     folders = [path.parent, Path("recipes")]
     files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.y*ml"))]
-    return nearest(str(path), map(str, files)) or nearest(path.stem, {file.stem for file in files})
+    shipped = Path("recipes", path.with_suffix(".yaml").name)
+    return nearest(str(path), map(str, files)) or nearest(str(shipped), map(str, files))
 
 
 def _override(mapping: dict[str, Any], override: str) -> str:
@@ -112,11 +113,12 @@ def _override(mapping: dict[str, Any], override: str) -> str:
         return f"{override} has no value; write {key}=null for nothing, {key}='\"\"' for empty text"
     *sections, last = key.split(".")
     for depth, name in enumerate(sections, start=1):
-        if mapping.get(name) is None:
-            mapping[name] = {}
+        section = {} if mapping.get(name) is None else mapping[name]
+        if not isinstance(section, dict):
+            return f"{key}: {'.'.join(sections[:depth])} is {shown(section)}, which has no keys; override it whole"
+        # A copy: by an anchor (&name) it may stand elsewhere too.
+        mapping[name] = dict(section)
         mapping = mapping[name]
-        if not isinstance(mapping, dict):
-            return f"{key}: {'.'.join(sections[:depth])} is {shown(mapping)}, which has no keys; override it whole"
     try:
         mapping[last] = _value(text, override)
     except InputError as error:

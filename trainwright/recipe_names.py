@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from trainwright.recipe import Section
 from trainwright.recipe_types import either, known_paths
 
-# Names of Hugging Face's TrainingArguments, PEFT's LoraConfig, TRL, axolotl and LLaMA-Factory that people type from habit.
-# Each begins with a key of the recipe; what follows it is said as it is.
+# Names of Hugging Face's TrainingArguments, PEFT's LoraConfig, TRL, axolotl and LLaMA-Factory that people type
+# from habit: "key of the recipe", "key: value" or "key; a remark".
 ALIASES = {
     "adam_beta1": "optimizer.betas",
     "adam_beta2": "optimizer.betas",
@@ -30,11 +30,11 @@ ALIASES = {
     "eval_steps": "evaluation.every",
     "fp16": "precision: bf16 or fp32; fp16 is not offered",
     "grad_clip": "training.clip_norm",
-    "gradient_accumulation_steps": "training.batch_size with training.micro_batch_size; accumulation follows from both",
+    "gradient_accumulation_steps": "training.micro_batch_size; accumulation follows from it and training.batch_size",
     "gradient_clipping": "training.clip_norm",
     "greater_is_better": "evaluation.best.direction",
     "label_smoothing_factor": "loss.label_smoothing",
-    "load_best_model_at_end": "evaluation.best, with its metric and direction",
+    "load_best_model_at_end": "evaluation.best; with metric and direction",
     "logging_dir": "run.folder",
     "lora_alpha": "adapt.alpha",
     "lora_dropout": "adapt.dropout",
@@ -74,8 +74,8 @@ ALIASES = {
     "train_batch_size": "training.batch_size",
     "train_file": "data.source",
     "train_on_inputs": "data.supervise: all",
-    "trainable_parameters": "adapt.train, with adapt.method: partial",
-    "unfrozen_parameters": "adapt.train, with adapt.method: partial",
+    "trainable_parameters": "adapt.train; with adapt.method: partial",
+    "unfrozen_parameters": "adapt.train; with adapt.method: partial",
     "use_rslora": "adapt.scaling: rslora",
     "val_set_size": "data.held_out",
     "validation_file": "data.held_out",
@@ -90,7 +90,8 @@ def advice(key: str, section: type[Section], prefix: str) -> str:
     """' (did you mean ...?)', or where the key belongs, or else which keys there are in its section."""
     alias = ALIASES.get(key.lower().replace("-", "_"))
     if alias:
-        return f" (did you mean {_relative(alias, prefix)!r}?)"
+        name, _, remark = alias.partition("; ")
+        return f" (did you mean {_relative(name, prefix)!r}?{remark and ' ' + remark})"
     if key in known_paths():
         return f" (in a file, write {key.rpartition('.')[2]!r} inside {key.rpartition('.')[0]!r})"
     elsewhere = [path for path in known_paths() if path.rpartition(".")[2] == key]

@@ -1,4 +1,4 @@
-"""The types of ``recipe`` as a person speaks of them: what a key accepts, what was found there, and which keys there are."""
+"""The types of ``recipe`` as a person speaks of them: what a key accepts, what was found, which keys there are."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ def is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
+def without_none(hint: Any) -> Any:
+    """A for ``A | None``, which pydantic's locations don't mention; any other type as it is."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] if is_union(hint) else []
+    return kinds[0] if len(kinds) == 1 else hint
+
+
 def tag_key(field: FieldInfo | None) -> str:
     """The key that says which kind of section it is (``adapt.method``), or the empty string."""
     return str(field.discriminator) if field is not None and field.discriminator else ""
@@ -61,11 +67,9 @@ def inside(hint: Any, part: int | str) -> Any:
     return arguments[-1] if arguments else Any
 
 
-def join(path: str, part: int | str) -> str:
+def join(path: str, key: object) -> str:
     """The path of a key as the user writes it; a key that couldn't be written without quotes keeps them."""
-    if isinstance(part, int):
-        return f"{path}[{part}]"
-    name = part if part.replace("-", "_").isidentifier() else repr(part)
+    name = key if isinstance(key, str) and key.replace("-", "_").isidentifier() else repr(key)
     return f"{path}.{name}" if path else name
 
 
@@ -97,7 +101,9 @@ def allowed(hint: Any) -> str:
         return either(map(repr, arguments))
     if origin in (list, tuple):
         return _sequence(arguments, field)
-    return "a section of keys and values" if origin is dict else f"{SCALARS.get(plain, 'a value')}{_range(plain, field)}"
+    return (
+        "a section of keys and values" if origin is dict else f"{SCALARS.get(plain, 'a value')}{_range(plain, field)}"
+    )
 
 
 def choice(options: Iterable[str], found: object) -> str:
@@ -127,7 +133,9 @@ def _sequence(items: tuple[Any, ...], field: FieldInfo | None) -> str:
     """In words, a list of any length (one type) or of a fixed one."""
     if len(items) > 1:
         return f"a list of {len(items)}, each {allowed(items[0])}"
-    return f"a list, each item {allowed(items[0])}" + (", and not empty" if _limit(field, "min_length") else "")
+    return f"a list {'of' if items[0] is str else 'with each item'} {allowed(items[0])}" + (
+        ", and not empty" if _limit(field, "min_length") else ""
+    )
 
 
 def _range(kind: Any, field: FieldInfo | None) -> str:
@@ -136,7 +144,11 @@ def _range(kind: Any, field: FieldInfo | None) -> str:
     if kind is int:  # above 0 reads better as: of at least 1
         limits = {{"gt": "ge", "lt": "le"}.get(n, n): v + {"gt": 1, "lt": -1}.get(n, 0) for n, v in limits.items()}
     if {"ge", "le"} <= limits.keys():
-        return f" from {limits['ge']:g} to {limits['le']:g}" if kind is float else f" from {limits['ge']} to {limits['le']}"
+        return (
+            f" from {limits['ge']:g} to {limits['le']:g}"
+            if kind is float
+            else f" from {limits['ge']} to {limits['le']}"
+        )
     words = [f"{BOUNDS[name]} {limit:g}" for name, limit in limits.items()]
     return " " + " and ".join(words) if words else ""
 

@@ -6,8 +6,7 @@ PyYAML follows YAML 1.1, in which ``1e-4`` is text, ``off`` is false, ``010`` is
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -24,27 +23,27 @@ WORDS: list[tuple[str, re.Pattern[str], str]] = [
     ("float", FLOAT, "-+.0123456789"),
     ("merge", re.compile(r"<<"), "<"),
 ]
-
-
 PLAIN = {f"{TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
 class _Loader(yaml.SafeLoader):
     """Safe; knows the words above and plain values only; notes the keys that a mapping holds twice."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    # None stands for every other tag and is an error.
-    yaml_constructors = {tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in {*PLAIN, None}}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own name)
+    # The tag None stands for every other tag, which is an error.
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in {*PLAIN, None}
+    }
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.repeated: list[str] = []
 
     # Here and not where mappings are constructed: there, keys merged in by << are repeated rightfully.
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node] | None) -> yaml.MappingNode | None:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        lines: dict[Hashable, int] = {}
-        for key, _ in node.value if node else ():
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.tag != f"{TAG}merge" and key.value in lines:
                 self.repeated.append(f"line {line}: key {key.value!r} is there already, in line {lines[key.value]}")

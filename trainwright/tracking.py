@@ -17,7 +17,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, SupportsFloat
 
 import psutil
 import torch
@@ -44,10 +44,11 @@ class Tracker:
         self._file: IO[str] | None = None
         self._writer: SummaryWriter | None = None
 
-    def log(self, step: int, values: Mapping[str, float], split: str | None = None) -> None:
+    def log(self, step: int, values: Mapping[str, SupportsFloat], split: str | None = None) -> None:
         """Append one line and flush it; ``split`` names the data of an evaluation and is None for a training step.
 
-        Values are ints, floats, or anything else with ``item()`` (a 0-dim tensor). ValueError for a reserved name.
+        Values are ints, floats, or anything else with ``item()`` (a 0-dim tensor). ValueError for a name that the lines
+        use themselves.
         """
         if taken := _RESERVED & values.keys():
             raise ValueError(
@@ -71,8 +72,11 @@ class Tracker:
         self._purge_step = step + 1
 
     def flush(self) -> None:
-        """Bring all that was logged to the disk. Call it before a checkpoint is written: what the checkpoint covers is
-        not measured again, so it must not get lost in a power cut that the checkpoint survives."""
+        """Bring all that was logged to the disk.
+
+        Call it before a checkpoint is written: what the checkpoint covers is not measured again, so it must not get
+        lost in a power cut that the checkpoint survives.
+        """
         if self._file is not None:
             os.fsync(self._file.fileno())
         if self._writer is not None:
@@ -102,7 +106,7 @@ class Tracker:
         return self._file
 
     def _open_writer(self) -> SummaryWriter:
-        """TensorBoard's writer; one that follows ``truncate_after`` also tells the readers to forget the later steps."""
+        """TensorBoard's writer; one opened after ``truncate_after`` tells the readers to forget the later steps."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only wanted here
 
@@ -114,13 +118,13 @@ class Tracker:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl in their order; a last one that was cut off is left out.
 
-    InputError naming the line if any other isn't a JSON object; FileNotFoundError if there is no file.
+    InputError naming the line if any other isn't one of a run; FileNotFoundError if there is no file.
     """
     return [record for _, record in _records(path)]
 
 
 def environment() -> dict[str, Any]:
-    """What a run's numbers and bits depend on besides its recipe, for environment.json: versions, processor, threads."""
+    """What a run's numbers depend on besides its recipe, for environment.json: versions, processors, threads."""
     return {
         "trainwright": metadata.version("trainwright"),
         "python": platform.python_version(),
@@ -141,7 +145,7 @@ def environment() -> dict[str, Any]:
 def _number(value: Any) -> int | float:
     """A Python number: ints stay ints, so that counts of bytes and tokens stay exact."""
     value = value.item() if hasattr(value, "item") else value
-    return value if isinstance(value, int) else float(value)
+    return int(value) if isinstance(value, int) else float(value)
 
 
 def _line(step: int, split: str | None, numbers: Mapping[str, int | float]) -> str:
@@ -156,15 +160,20 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each line, as bytes without its end and as what it says, but for a last one that was cut off."""
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line) if line.strip() else None
-            if isinstance(record, dict):
-                yield line, record
-            elif record is not None:
-                raise ValueError("not an object")
-        except ValueError as error:
-            if number < len(lines):
-                raise InputError(f"{path}: line {number} is not a JSON object ({error}); mend or remove it") from error
+        record = _parse(line)
+        if record is not None:
+            yield line, record
+        elif line.strip() and number < len(lines):  # what follows the last line end was cut off, or is empty
+            raise InputError(f"{path}: line {number} is not a JSON object with a step; mend or remove it")
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The object that a line holds; None if it holds none of ours."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # also what isn't UTF-8
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _keep(path: Path, last_step: int | None) -> None:
@@ -176,6 +185,7 @@ def _keep(path: Path, last_step: int | None) -> None:
     temporary = path.with_name(f".{path.name}.writing")
     with temporary.open("wb") as file:
         file.write(text)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 

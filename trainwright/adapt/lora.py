@@ -220,3 +220,15 @@ def check_base(path: Path, base_hash: str | None) -> None:
         stored = (file.metadata() or {}).get("base_hash")
     if stored and stored != base_hash:
         raise InputError(f"{path}: made for another base (hash {stored[:12]}, this base has {base_hash[:12]})")
+
+
+def base_of(folder: Path) -> str:
+    """The base that an adapter's config names.
+
+    Raises:
+        InputError: it names none.
+    """
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{folder}: its adapter_config.json names no base; give the base, and this folder with --adapter")
+    return str(base)

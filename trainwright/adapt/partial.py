@@ -81,3 +81,9 @@ def _open(folder: Path) -> safe_open:
     if not {"base", "base_hash", "patterns"} <= set(file.metadata() or {}):
         raise InputError(f"{path}: its metadata doesn't name the base it was made for; it isn't one of ours")
     return file
+
+
+def base_of(folder: Path) -> str:
+    """The name of the base that a delta was made for."""
+    with _open(folder) as file:
+        return str(file.metadata()["base"])

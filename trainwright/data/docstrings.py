@@ -26,7 +26,7 @@ INSTRUCTION = "Write the docstring of this Python function."
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def chats() -> Iterator[dict[str, object]]:
+def chats() -> Iterator[dict[str, list[dict[str, str]]]]:
     """Rows ``{"messages": [user, assistant]}`` in the order of the files and of the functions in them.
 
     A function appears once, and so does a docstring: a copy in the held-out data would measure memory.
@@ -53,7 +53,8 @@ def _files() -> list[Path]:
     """The library's modules, sorted by their path inside it; empty where Python comes without sources."""
     root = Path(sysconfig.get_path("stdlib"))
     inside = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [root / path for path in sorted(inside, key=Path.as_posix) if not EXCLUDED.intersection(path.parts)]
+    library = [path for path in inside if EXCLUDED.isdisjoint(path.parts)]
+    return [root / path for path in sorted(library, key=Path.as_posix)]
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str]]:

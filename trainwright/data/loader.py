@@ -14,6 +14,7 @@ from trainwright.data import sampler
 from trainwright.data.packing import Documents
 
 IGNORED = -100  # the label of a position that predicts nothing, as torch's cross entropy has it
+NAMED = 24  # how many rows a message names
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +30,16 @@ class TextBatch:
     documents: Tensor
     """(n + 1,) int32, always on the CPU: offsets of the documents and of the paddings in the flattened tokens"""
     supervised: int = -1
-    """number of labels that aren't -100; counted here, once, so that no step has to wait for a device"""
+    """number of labels that aren't -100"""
+    size: int = -1
+    """number of tokens that aren't padding; by default all"""
+    pairs: int = 0
+    """number of pairs of a token and one it attends to (itself included), without padding: the work of attention"""
 
+    # All are counted once, on the CPU, so that no step has to wait for a device.
     def __post_init__(self) -> None:
+        if self.size < 0:
+            object.__setattr__(self, "size", self.tokens.numel())
         if self.supervised < 0:
             object.__setattr__(self, "supervised", int((self.labels != IGNORED).sum()))
 
@@ -53,6 +61,7 @@ def collate(documents: Documents, rows: list[np.ndarray], length: int, height: i
     tokens = np.full((height, length), pad_id, dtype=np.int64)
     targets = np.zeros((height, length), dtype=bool)
     lengths: list[int] = []
+    size = pairs = 0
     for row in range(height):
         filled = 0
         for document in rows[row] if row < len(rows) else ():
@@ -62,22 +71,26 @@ def collate(documents: Documents, rows: list[np.ndarray], length: int, height: i
             targets[row, place] = documents.supervised[first:end]
             lengths.append(place.stop - place.start)
             filled = place.stop
+            pairs += lengths[-1] * (lengths[-1] + 1) // 2
         assert filled <= length, "packed for a greater length"
+        size += filled
         lengths += [length - filled] if filled < length else []
-    return _batch(tokens, targets, np.concatenate([[0], np.cumsum(lengths)]))
-
-
-def _batch(tokens: np.ndarray, targets: np.ndarray, offsets: np.ndarray) -> TextBatch:
-    """Labels and positions from tokens and targets (height, length) and the offsets of the documents in them."""
-    positions = np.arange(tokens.size) - np.repeat(offsets[:-1], np.diff(offsets))
-    following = np.where(targets & (positions.reshape(tokens.shape) > 0), tokens, IGNORED).reshape(-1)
-    labels = np.append(following[1:], IGNORED)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    positions = (np.arange(tokens.size) - np.repeat(offsets[:-1], lengths)).reshape(tokens.shape)
+    labels = _shifted(np.where(targets & (positions > 0), tokens, IGNORED))
     return TextBatch(
         torch.from_numpy(tokens),
-        torch.from_numpy(labels.reshape(tokens.shape)),
-        torch.from_numpy(positions.reshape(tokens.shape)),
-        torch.from_numpy(offsets.astype(np.int32)),
+        torch.from_numpy(labels),
+        torch.from_numpy(positions),
+        torch.from_numpy(offsets),
+        size=size,
+        pairs=pairs,
     )
+
+
+def _shifted(targets: np.ndarray) -> np.ndarray:
+    """Each position gets the target of the next one, the last of each row none; (rows, length)."""
+    return np.pad(targets[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
 
 
 class Loader:
@@ -111,10 +124,14 @@ class Loader:
             for ids in sampler.micro_batches(self._row_ids(step), self.micro_batch_size)
         ]
 
-    def identity(self, step: int) -> tuple[int, list[int]]:
-        """(epoch, document ids) of a step, to name what a loss that isn't finite was computed on."""
+    def identity(self, step: int) -> str:
+        """What a step trains on, to be found in the source: for the message that a loss isn't finite."""
         ids = np.concatenate([self.rows[row] for row in self._row_ids(step)])
-        return step // self.steps_per_epoch, ids.tolist()
+        origins = ids if self.documents.origins is None else self.documents.origins[ids]
+        numbers = (np.unique(origins) + 1).tolist()
+        more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+        listed = ", ".join(map(str, numbers[:NAMED]))
+        return f"epoch {step // self.steps_per_epoch + 1}, rows {listed}{more} of the data (the first is 1)"
 
     def _row_ids(self, step: int) -> np.ndarray:
         return sampler.global_batch(self.seed, step, len(self.rows), self.batch_size)

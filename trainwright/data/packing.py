@@ -1,4 +1,4 @@
-"""Documents of tokens, and fitting them into rows of a fixed length: cutting the long ones, packing the others together."""
+"""Documents of tokens, and fitting them into rows of a fixed length: long ones are cut, short ones share a row."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ class Documents:
     """(tokens,) bool"""
     offsets: np.ndarray
     """(documents + 1,) int64"""
+    origins: np.ndarray | None = None
+    """(documents,) int64: the rows of the source that the documents come from; None: document i is row i"""
     counts: Counts = field(default_factory=Counts)
 
     def __len__(self) -> int:
@@ -58,10 +60,10 @@ class Documents:
 def fit(documents: Documents, ids: np.ndarray, length: int, policy: LengthPolicy) -> Documents:
     """The documents with these ids, cut to the length, without the pieces that hold no supervised token."""
     starts, ends = documents.offsets[ids], documents.offsets[ids + 1]
-    pieces = cut(starts, ends, length, policy)
+    pieces, origins = cut(starts, ends, length, policy)
     targets_before = np.concatenate([[0], np.cumsum(documents.supervised)])
     targets = targets_before[pieces[:, 1]] - targets_before[pieces[:, 0] + 1]
-    kept = pieces[targets > 0]
+    kept, origins = pieces[targets > 0], ids[origins[targets > 0]]
     counts = Counts(
         documents=len(ids),
         empty=int((ends == starts).sum()),
@@ -70,10 +72,11 @@ def fit(documents: Documents, ids: np.ndarray, length: int, policy: LengthPolicy
         supervised_tokens=int(targets.sum()),
     )
     changed = {"truncate": "truncated", "drop": "dropped", "split": "split"}[policy]
-    return _gathered(documents, kept, dataclasses.replace(counts, **{changed: int((ends - starts > length).sum())}))
+    counts = dataclasses.replace(counts, **{changed: int((ends - starts > length).sum())})
+    return _gathered(documents, kept, origins, counts)
 
 
-def cut(starts: np.ndarray, ends: np.ndarray, length: int, policy: LengthPolicy) -> np.ndarray:
+def cut(starts: np.ndarray, ends: np.ndarray, length: int, policy: LengthPolicy) -> tuple[np.ndarray, np.ndarray]:
     """Pieces of at most ``length`` tokens, in the order of the documents; empty documents give none.
 
     truncate keeps the first ``length`` tokens, drop leaves longer documents out. split goes on with a further piece
@@ -84,32 +87,28 @@ def cut(starts: np.ndarray, ends: np.ndarray, length: int, policy: LengthPolicy)
         starts, ends: (documents,) int64, half-open ranges in the flat array of tokens.
 
     Returns:
-        (pieces, 2) int64, half-open ranges.
+        (pieces, 2) int64 half-open ranges, and (pieces,) int64 indices of the documents they are from.
     """
-    wanted = ends > starts
+    lengths = ends - starts
+    stride = max(length - 1, 1)
+    pieces = (lengths > 0).astype(np.int64)
     if policy == "drop":
-        wanted &= ends - starts <= length
-    starts, ends = starts[wanted], ends[wanted]
+        pieces[lengths > length] = 0
     if policy == "split":
-        starts, ends = _overlapping_pieces(starts, ends, length)
-    return np.stack([starts, np.minimum(ends, starts + length)], axis=1)
+        pieces[lengths > length] = -((1 - lengths[lengths > length]) // stride)  # ceil((tokens - 1) / stride)
+    origins = np.repeat(np.arange(len(starts)), pieces)
+    number = np.arange(len(origins)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    first = starts[origins] + number * stride
+    return np.stack([first, np.minimum(ends[origins], first + length)], axis=1), origins
 
 
-def _gathered(documents: Documents, pieces: np.ndarray, counts: Counts) -> Documents:
+def _gathered(documents: Documents, pieces: np.ndarray, origins: np.ndarray, counts: Counts) -> Documents:
     """Copies of the pieces, one after the other."""
     offsets = np.concatenate([[0], np.cumsum(pieces[:, 1] - pieces[:, 0])]).astype(np.int64)
     tokens = np.concatenate([documents.tokens[:0], *(documents.tokens[first:end] for first, end in pieces)])
     supervised = np.concatenate([documents.supervised[:0], *(documents.supervised[first:end] for first, end in pieces)])
     supervised[offsets[:-1]] = False
-    return Documents(tokens, supervised, offsets, counts)
-
-
-def _overlapping_pieces(starts: np.ndarray, ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each piece starts, and where its document ends: (pieces,) int64 each."""
-    stride = max(length - 1, 1)
-    pieces = np.maximum(-((starts - ends + 1) // stride), 1)  # ceil((tokens - 1) / stride), at least 1
-    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    return np.repeat(starts, pieces) + number * stride, np.repeat(ends, pieces)
+    return Documents(tokens, supervised, offsets, origins, counts)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:

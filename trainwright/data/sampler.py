@@ -1,10 +1,17 @@
-"""Which rows a step trains on: pure functions of (seed, step), so that resuming needs no state but the step."""
+"""Which rows a step trains on, and which documents none does: pure functions of the seed and the step.
+
+So resuming needs no state but the step, and the data is the same for any number of processes.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import numpy as np
+
+from trainwright.recipe import InputError
+
+HELD_OUT = (0, 1)  # after the seed: keeps this draw apart from the orders of the epochs
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -23,7 +30,8 @@ def global_batch(seed: int, step: int, rows: int, batch_size: int) -> np.ndarray
     Each epoch visits every row once in an order of its own; a batch never crosses the end of an epoch, which makes the
     last batch of an epoch shorter rather than repeating or losing rows.
     """
-    assert rows > 0 and step >= 0
+    assert rows > 0
+    assert step >= 0
     first = step % steps_per_epoch(rows, batch_size) * batch_size
     return _permutation(seed, epoch_of(step, rows, batch_size), rows)[first : first + batch_size]
 
@@ -33,7 +41,19 @@ def micro_batches(ids: np.ndarray, micro_batch_size: int) -> list[np.ndarray]:
     return [ids[first : first + micro_batch_size] for first in range(0, len(ids), micro_batch_size)]
 
 
-def shuffled(entropy: tuple[int, ...], count: int) -> np.ndarray:
+def held_out_ids(seed: int, documents: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """(ids to train on, ids held out), sorted int64, neither of them empty."""
+    if documents < 2:
+        raise InputError(
+            f"data.held_out is {fraction}, but the data is one document, which can't be divided; "
+            "set held_out to another file, or to null to do without"
+        )
+    held_out = min(max(round(fraction * documents), 1), documents - 1)
+    order = _shuffled((seed, *HELD_OUT), documents)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _shuffled(entropy: tuple[int, ...], count: int) -> np.ndarray:
     """An order of ``range(count)`` that depends on the numbers in ``entropy`` alone, (count,) int64.
 
     NOTE: sorted raw words of a counter-based generator, because NumPy guarantees the stream of a bit generator for good
@@ -47,6 +67,6 @@ def shuffled(entropy: tuple[int, ...], count: int) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
     """The order in which an epoch visits the rows, (rows,) int64, read-only since it is shared."""
-    order = shuffled((seed, epoch), rows)
+    order = _shuffled((seed, epoch), rows)
     order.setflags(write=False)
     return order

@@ -4,11 +4,11 @@
 .json      one list of objects
 .csv       with a header line
 .parquet   any columns
-.txt       the whole file is ONE document: prose has no reliable mark between documents, and blank lines only part
-           paragraphs. ``too_long: split`` cuts it into pieces; ``truncate`` would keep the beginning alone.
+.txt       the whole file is ONE document (blank lines only part paragraphs): ``too_long: split`` cuts it into
+           pieces, ``truncate`` keeps its beginning alone
 folder     what Hugging Face ``Dataset.save_to_disk`` wrote; of a DatasetDict the split ``train``
 
-Nothing in the data is executed. Rows come one by one, so that only the reader of a .json file holds all of it.
+Nothing in the data is executed. Rows come one by one; only a .json or .txt file is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import csv
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,13 @@ class Columns:
     names: tuple[str, ...]
 
 
+FORMS = (
+    Columns("messages", ("messages",)),
+    Columns("completion", ("prompt", "completion")),
+    Columns("text", ("text",)),
+)
+
+
 def read_rows(source: str, format: str = "auto", limit: int | None = None) -> Iterator[Row]:
     """The first ``limit`` rows of a file, of a saved dataset, or of the built-in source ``python-docstrings``.
 
@@ -53,7 +60,9 @@ def read_rows(source: str, format: str = "auto", limit: int | None = None) -> It
         InputError: at once if there is no such file or the format doesn't fit; while iterating for faults inside.
     """
     if source == BUILT_IN:
-        rows = (Row(f"{BUILT_IN}, function {number}", chat) for number, chat in enumerate(docstrings.chats(), 1))
+        if format != "auto":
+            raise InputError(f"data.format has no effect on {BUILT_IN}: remove it")
+        rows = _numbered(docstrings.chats(), f"{BUILT_IN}, function")
     else:
         path = locate(source)
         rows = READERS[_resolve_format(path, format)](path)
@@ -66,10 +75,7 @@ def fingerprint(source: str) -> str:
         return docstrings.fingerprint()
     path = locate(source)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(file.relative_to(path)).encode() + _digest(file))
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(str(file.relative_to(path)).encode() + _digest(file) for file in files)).hexdigest()
 
 
 def locate(source: str) -> Path:
@@ -85,19 +91,16 @@ def locate(source: str) -> Path:
 
 def find_columns(fields: Fields, row: Row) -> Columns:
     """The columns named in the recipe; else messages, prompt and completion, or text, in this order."""
-    named = _named_columns(fields)
-    if named:
+    if named := _named_columns(fields):
         return named
-    for columns in (Columns("messages", ("messages",)), Columns("completion", ("prompt", "completion"))):
-        if all(name in row.values for name in columns.names):
+    for columns in FORMS:
+        if row.values.keys() >= set(columns.names):
             return columns
-    if "text" in row.values:
-        return Columns("text", ("text",))
-    pairs = [pair for pair in COMMON_PAIRS if all(name in row.values for name in pair)]
-    prompt, completion = pairs[0] if pairs else ("COLUMN", "COLUMN")
+    usual = (pair for pair in COMMON_PAIRS if row.values.keys() >= set(pair))
+    prompt, completion = next(usual, ("COLUMN", "COLUMN"))
     raise InputError(
-        f"{row.where}: there is neither messages, nor prompt and completion, nor text; the columns are "
-        f"{_listed(row)}. Name them, for instance data.fields: {{prompt: {prompt}, completion: {completion}}}"
+        f"{row.where}: neither messages, nor prompt and completion, nor text; the columns are {', '.join(row.values)}. "
+        f"Say which to use, for instance data.fields: {{prompt: {prompt}, completion: {completion}}}"
     )
 
 
@@ -127,10 +130,8 @@ def _named_columns(fields: Fields) -> Columns | None:
     named += [Columns("completion", pair)] if fields.prompt or fields.completion else []
     named += [Columns("text", (fields.text,))] if fields.text else []
     if len(named) > 1:
-        raise InputError(
-            f"data.fields names {' and '.join(columns.form for columns in named)} columns; documents have one form: "
-            "messages, or prompt and completion, or text"
-        )
+        forms = " and ".join(columns.form for columns in named)
+        raise InputError(f"data.fields names columns of {forms}; documents have one form, remove the others")
     return named[0] if named else None
 
 
@@ -139,12 +140,14 @@ def _digest(file: Path) -> bytes:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").digest()
     except OSError as error:
-        raise InputError(f"data: cannot read {file}: {error}") from error
+        raise InputError(f"data: cannot read {file}: {error}") from None
 
 
 def _value(row: Row, name: str) -> Any:
     if name not in row.values:
-        raise InputError(f"{row.where}: no column {name!r}{nearest(name, row.values)}; the columns are {_listed(row)}")
+        raise InputError(
+            f"{row.where}: no column {name!r}{nearest(name, row.values)}; the columns are {', '.join(row.values)}"
+        )
     return row.values[name]
 
 
@@ -161,12 +164,9 @@ def _checked_text(value: Any, where: str) -> str:
 def _described(value: Any) -> str:
     if isinstance(value, dict):
         return f"an object with the keys {', '.join(map(str, value)) or '(none)'}"
-    names = {"list": "an empty list" if value == [] else "a list", "str": "text", "NoneType": "null"}
-    return names.get(type(value).__name__, f"{type(value).__name__} {value!r:.40}")
-
-
-def _listed(row: Row) -> str:
-    return ", ".join(map(str, row.values)) or "(none)"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return "null" if value is None else f"{type(value).__name__} {value!r:.40}"
 
 
 def _resolve_format(path: Path, format: str) -> str:
@@ -175,11 +175,8 @@ def _resolve_format(path: Path, format: str) -> str:
     chosen = found if format == "auto" else format
     if chosen is None:
         raise InputError(f"data: {path} has none of the suffixes {' '.join(SUFFIXES)}; say what it is with data.format")
-    if (chosen == "datasets") != path.is_dir():
-        kind = (
-            "a folder, which is only read as datasets" if path.is_dir() else "a file, and format datasets is a folder"
-        )
-        raise InputError(f"data: format is {chosen}, but {path} is {kind}; remove data.format or name another source")
+    if path.is_dir() != (chosen == "datasets"):
+        raise InputError(f"data: {path} is a {'folder' if path.is_dir() else 'file'}, but data.format is {chosen}")
     return chosen
 
 
@@ -192,7 +189,7 @@ def _guarded(rows: Iterator[Row], source: str) -> Iterator[Row]:
         yield first
         yield from rows
     except OSError as error:
-        raise InputError(f"data: cannot read {source}: {error}") from error
+        raise InputError(f"data: cannot read {source}: {error}") from None
 
 
 def _decoded(data: bytes, path: Path, line: int = 1) -> str:
@@ -205,14 +202,18 @@ def _decoded(data: bytes, path: Path, line: int = 1) -> str:
 
 
 def _parsed(text: str, path: Path, line: int, hint: str) -> Any:
-    """JSON, or an InputError with the line; ``line`` is the number of the first line of ``text``."""
+    """JSON; ``line`` is the number of the first line of ``text``."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
         raise InputError(f"{where}: malformed JSON: {error.msg}{hint}") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; an integer of more than 4300 digits
+    except (RecursionError, ValueError) as error:  # too deeply nested; an integer of thousands of digits
         raise InputError(f"{path}, line {line}: malformed JSON: {error}") from None
+
+
+def _numbered(values: Iterable[Any], where: str) -> Iterator[Row]:
+    return (_object(value, f"{where} {number}") for number, value in enumerate(values, 1))
 
 
 def _object(value: Any, where: str) -> Row:
@@ -225,8 +226,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
     hint = "; every line must be one whole object (a file that is one list is data.format: json)"
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            text = _decoded(line, path, number).strip()
-            if text:
+            if text := _decoded(line, path, number).rstrip():
                 yield _object(_parsed(text, path, number, hint), f"{path}, line {number}")
 
 
@@ -235,7 +235,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     items = _parsed(_decoded(path.read_bytes(), path), path, 1, hint) if path.stat().st_size else []
     if not isinstance(items, list):
         raise InputError(f"{path}: must be a list of objects, not {_described(items)}")
-    yield from (_object(item, f"{path}, item {number}") for number, item in enumerate(items, 1))
+    yield from _numbered(items, f"{path}, item")
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
@@ -258,12 +258,11 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _from_batches(file.iter_batches(batch_size=1024), path)
+            yield from _arrow_rows(file.iter_batches(batch_size=1024), path)
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file: {error}") from None
 
@@ -281,12 +280,11 @@ def _read_datasets(path: Path) -> Iterator[Row]:
             raise InputError(f"{path}: no split 'train'; name the folder of one of: {', '.join(map(str, loaded))}")
         loaded = loaded["train"]
     # Arrow tables rather than decoded rows: an image column beside the text must not be decoded.
-    yield from _from_batches(loaded.with_format("arrow").iter(batch_size=1024), path)
+    yield from _arrow_rows(loaded.with_format("arrow").iter(batch_size=1024), path)
 
 
-def _from_batches(batches: Iterator[Any], path: Path) -> Iterator[Row]:
-    values = (row for batch in batches for row in batch.to_pylist())
-    yield from (Row(f"{path}, row {number}", row) for number, row in enumerate(values, 1))
+def _arrow_rows(batches: Iterable[Any], path: Path) -> Iterator[Row]:
+    return _numbered((row for batch in batches for row in batch.to_pylist()), f"{path}, row")
 
 
 def _read_txt(path: Path) -> Iterator[Row]:

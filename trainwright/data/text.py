@@ -1,14 +1,12 @@
 """Text documents as tokens: tokenising, marking what is supervised, fitting to the length, holding out, caching.
 
 The tokens of a prompt are the same here as when generating: a prompt and its completion are tokenised apart, and a chat
-is rendered by the tokenizer's own template. Text that spells a special token (``<|im_end|>``) becomes that token, as it
-does for the tokenizer itself.
+is rendered by the tokenizer's own template. Text that spells a special token (``<|im_end|>``) becomes that token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
 import itertools
 import json
@@ -31,8 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Tokenised = tuple[list[int], np.ndarray]  # ids, and for each whether it is supervised
+# The date in the system message of Llama 3.1 and later; by default it is today's, and so would differ after a resume.
+LLAMA_DATE = "26 Jul 2024"
 ROWS_AT_ONCE = 512  # enough to keep every core busy inside the tokenizer, small enough for a lively progress report
-HELD_OUT_STREAM = (0, 1)  # after the seed: keeps this draw apart from the orders of the epochs
+ARRAYS = ("tokens", "supervised", "offsets", "origins")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ def prepare(
     *,
     model_length: int | None,
     seed: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> TextSplits:
     """Tokenised documents of at most ``sequence_length`` tokens, from the cache if nothing that matters has changed.
 
@@ -68,10 +68,11 @@ def prepare(
             f"data.sequence_length is {section.sequence_length}, but the model has {model_length} positions; "
             f"set it to {model_length} or less"
         )
+    encoder = Encoder(tokenizer, section.supervise == "all")
     path = _cache_folder(section) / f"text-{_key(section, tokenizer, seed)}.npz"
     splits = _load(path)
     if splits is None:
-        splits = _make(section, Encoder(tokenizer, section.supervise == "all"), seed, progress or (lambda done: None))
+        splits = _make(section, encoder, seed, progress)
         _store(path, splits)
     return splits
 
@@ -81,9 +82,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, supervise_all: bool) -> None:
         if not tokenizer.is_fast:
-            raise InputError(
-                "the tokenizer has no tokenizer.json, which tells where in the text a token lies; convert it"
-            )
+            raise InputError("the tokenizer has no tokenizer.json, which alone tells where a token lies; convert it")
         self.tokenizer = tokenizer
         self.supervise_all = supervise_all
         probe = tokenizer("a", return_special_tokens_mask=True)
@@ -113,7 +112,10 @@ class Encoder:
         return documents
 
     def _chats(self, chats: list[tuple[str, list[tuple[int, int]]]]) -> list[Tokenised]:
-        """Tokens of rendered chats; supervised are those that begin inside one of the spans of characters."""
+        """Tokens of rendered chats; supervised are those that begin inside one of the spans of characters.
+
+        A token across the beginning of a span, such as a line break of the header and one of the answer, is not.
+        """
         encoded = self._call([text for text, _ in chats], return_offsets_mapping=True)
         documents: list[Tokenised] = []
         for (_, spans), ids, offsets in zip(chats, encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -127,8 +129,10 @@ class Encoder:
         messages = sources.messages_of(row, name)
         text = render(self.tokenizer, messages, row.where)
         spans = []
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
+        for number in range(len(messages)):
+            if messages[number]["role"] == "assistant":
+                if number == 0:
+                    raise InputError(f"{row.where}: the chat begins with the assistant; a user message must come first")
                 head = render(self.tokenizer, messages[:number], row.where, add_generation_prompt=True)
                 last = number == len(messages) - 1
                 turn = text if last else render(self.tokenizer, messages[: number + 1], row.where)
@@ -151,44 +155,27 @@ class Encoder:
 
     def _call(self, texts: list[str], **options: Any) -> Any:
         # verbose: a warning about the model's length would be wrong here, the documents are cut later.
-        return self.tokenizer(
-            texts, add_special_tokens=False, padding=False, truncation=False, verbose=False, **options
-        )
+        plain = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+        return self.tokenizer(texts, **plain, **options)
 
 
 def render(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool = False
 ) -> str:
-    """A chat as the tokenizer's template writes it.
-
-    NOTE: templates that state today's date get a fixed one, or the data would differ when a run is resumed tomorrow.
-    """
+    """A chat as the tokenizer's template writes it."""
     if not tokenizer.chat_template:
         raise InputError(
-            f"{where}: the data holds chat messages, but the tokenizer has no chat template; set model.tokenizer to the "
+            f"{where}: these are chat messages, but the tokenizer has no chat template; set model.tokenizer to the "
             "model's instruct variant, put chat_template.jinja beside tokenizer.json, or use prompt and completion"
         )
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            strftime_now=datetime.date(2024, 7, 26).strftime,
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=LLAMA_DATE
         )
-    except (jinja2.TemplateError, TypeError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise InputError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from None
-
-
-def split_ids(documents: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids to train on, held-out ids), both sorted int64 and neither empty, by a draw that depends on the seed alone."""
-    if documents < 2:
-        raise InputError(
-            f"data.held_out is {fraction}, but {documents} document can't be divided; "
-            "set held_out to another file, or to null to do without"
-        )
-    held_out = min(max(round(fraction * documents), 1), documents - 1)
-    order = sampler.shuffled((seed, *HELD_OUT_STREAM), documents)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    assert isinstance(text, str)
+    return text
 
 
 def _make(section: TextData, encoder: Encoder, seed: int, progress: Callable[[int], None]) -> TextSplits:
@@ -206,7 +193,7 @@ def _make(section: TextData, encoder: Encoder, seed: int, progress: Callable[[in
         held_out_ids = np.arange(len(held_out))
     else:
         held_out = train
-        train_ids, held_out_ids = split_ids(len(train), section.held_out, seed)
+        train_ids, held_out_ids = sampler.held_out_ids(seed, len(train), section.held_out)
     return TextSplits(
         _fit(train, train_ids, section, "training"), _fit(held_out, held_out_ids, section, "held-out"), cached=False
     )
@@ -231,18 +218,15 @@ def _fit(documents: Documents, ids: np.ndarray, section: TextData, split: str) -
     """The documents with these ids, fitted to the length; an InputError if there is nothing to learn from them."""
     fitted = packing.fit(documents, ids, section.sequence_length, section.too_long)
     if fitted.counts.supervised_tokens == 0:
-        raise InputError(_nothing_supervised(fitted.counts, section, split))
+        counts = fitted.counts
+        raise InputError(
+            f"data: every label of the {split} data is masked, there is nothing to learn: of {counts.documents} "
+            f"documents {counts.empty} are empty, {counts.dropped} were dropped as longer than sequence_length "
+            f"{section.sequence_length}, and {counts.masked} hold no supervised token within it. Raise "
+            "data.sequence_length or set too_long: split if prompts fill it; set supervise: all; or look whether the "
+            "completions, or messages of the role 'assistant', are there"
+        )
     return fitted
-
-
-def _nothing_supervised(counts: Counts, section: TextData, split: str) -> str:
-    return (
-        f"data: every label of the {split} data is masked, there is nothing to learn: of {counts.documents} documents "
-        f"{counts.empty} are empty, {counts.dropped} were dropped as longer than sequence_length "
-        f"{section.sequence_length}, and {counts.masked} hold no supervised token within it. Raise "
-        "data.sequence_length or set too_long: split if prompts fill it; set supervise: all; or look whether the "
-        "completions, or messages of the role 'assistant', are there"
-    )
 
 
 def _cache_folder(section: TextData) -> Path:
@@ -251,21 +235,21 @@ def _cache_folder(section: TextData) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"data: cannot make the cache folder {folder}: {error}; set data.cache to another one"
-        ) from None
+        raise InputError(f"data: cannot make the cache folder: {error}; set data.cache to another one") from None
     return folder
 
 
 def _key(section: TextData, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
     """Changes with everything that the result depends on: data, tokenizer, settings, and the code that makes it."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())
+    settings = {"format", "fields", "supervise", "sequence_length", "too_long", "limit"}
     parts: dict[str, Any] = {
-        "settings": section.model_dump(
-            include={"format", "fields", "supervise", "sequence_length", "too_long", "limit"}
-        ),
+        "settings": section.model_dump(include=settings),
         "source": sources.fingerprint(section.source),
-        "held_out": (section.held_out, seed),
+        "suffixes": [
+            Path(str(name)).suffix for name in (section.source, section.held_out)
+        ],  # what format: auto looks at
+        "held_out": [section.held_out, seed],
         # Padding and truncation are states that any earlier call may have left behind; they aren't used here.
         "tokenizer": {name: part for name, part in model.items() if name not in ("padding", "truncation")},
         "special": (tokenizer.chat_template, tokenizer.special_tokens_map),
@@ -274,9 +258,7 @@ def _key(section: TextData, tokenizer: PreTrainedTokenizerFast, seed: int) -> st
     if isinstance(section.held_out, str):
         parts["held_out"] = sources.fingerprint(section.held_out)
         if parts["held_out"] == parts["source"]:
-            raise InputError(
-                f"data.held_out {section.held_out} holds the same as data.source: nothing would be held out"
-            )
+            raise InputError(f"data.held_out {section.held_out} holds the same as data.source; nothing is held out")
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -285,7 +267,7 @@ def _store(path: Path, splits: TextSplits) -> None:
     arrays: dict[str, Any] = {}
     for name, documents in (("train", splits.train), ("held_out", splits.held_out)):
         if documents is not None:
-            arrays |= {f"{name}.{key}": getattr(documents, key) for key in ("tokens", "supervised", "offsets")}
+            arrays |= {f"{name}.{key}": getattr(documents, key) for key in ARRAYS}
             arrays[f"{name}.counts"] = np.array(dataclasses.astuple(documents.counts), dtype=np.int64)
     temporary = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
@@ -301,7 +283,8 @@ def _store(path: Path, splits: TextSplits) -> None:
 def _load(path: Path) -> TextSplits | None:
     """What was stored, or None if it is missing or damaged, whatever the damage is: it is then made anew."""
     try:
-        with np.load(path, allow_pickle=False) as stored:  # a zip file: every array is checked against its CRC
+        # A zip file: every array is checked against its CRC.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             names = {name.partition(".")[0] for name in stored}
             train, held_out = (_stored(stored, name) if name in names else None for name in ("train", "held_out"))
         return TextSplits(train, held_out, cached=True) if train else None
@@ -310,5 +293,5 @@ def _load(path: Path) -> TextSplits | None:
 
 
 def _stored(stored: Any, name: str) -> Documents:
-    arrays = {key: stored[f"{name}.{key}"] for key in ("tokens", "supervised", "offsets")}
+    arrays = {key: stored[f"{name}.{key}"] for key in ARRAYS}
     return Documents(**arrays, counts=Counts(*stored[f"{name}.counts"].tolist()))

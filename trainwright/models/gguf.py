@@ -7,17 +7,17 @@ projections for its own form of rotary embedding, and it keeps Llama 3.1's frequ
 from __future__ import annotations
 
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.gguf_reader import ReaderTensor
 from gguf.quants import dequantize
 from torch import Tensor
 
+from trainwright.models.gguf_header import read_header
 from trainwright.recipe import InputError
 
 TOP = {
@@ -47,28 +47,6 @@ PLAIN = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 CHUNK = 1 << 22  # elements dequantised at once: gguf's temporaries stay small beside the model
-LONG = 1024  # metadata arrays above this are vocabularies
-DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error)
-
-
-class Header(GGUFReader):
-    """gguf's reader that steps over the vocabulary, which it would read in seconds, one array object per token."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
-        if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
-            return super()._get_field_parts(orig_offs, raw_type)
-        kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
-        if count <= LONG:
-            return super()._get_field_parts(orig_offs, raw_type)
-        return self._skipped(orig_offs + 12, GGUFValueType(kind), count) - orig_offs, [], [], [GGUFValueType.ARRAY]
-
-    def _skipped(self, offset: int, kind: GGUFValueType, count: int) -> int:
-        """The offset just behind an array of ``count`` items that starts at ``offset``."""
-        if kind != GGUFValueType.STRING:
-            return offset + count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
-        for _ in range(count):
-            offset += 8 + int(struct.unpack_from("<Q", self.data, offset)[0])
-        return offset
 
 
 class GGUFWeights:
@@ -100,7 +78,7 @@ class GGUFWeights:
         return PLAIN.get(self._tensors[name].tensor_type, torch.float32)
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A new tensor in ``dtype`` (default: as stored), rows in Hugging Face's order, that shares nothing with the file."""
+        """A new tensor in ``dtype`` (default: as stored), rows in Hugging Face's order, apart from the file."""
         tensor = self._tensors[name]
         out = torch.empty(self.shape(name), dtype=dtype or self.dtype(name))
         data = tensor.data.view(np.ndarray)  # slices of a memmap are slow to make
@@ -136,20 +114,24 @@ class GGUFWeights:
             "tie_word_embeddings": TOP["output.weight"] not in self._tensors,
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
             "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self._tensors,
-            **{key: self._value(f"tokenizer.ggml.{kind}_token_id") for key, kind in TOKEN_IDS.items()},
+            **{key: self.value(f"tokenizer.ggml.{kind}_token_id") for key, kind in TOKEN_IDS.items()},
         }
 
-    def tokenizer_rule(self) -> str:
-        """How the file's tokenizer splits text (``tokenizer.ggml.pre``); '' where the file doesn't say."""
-        return str(self._value("tokenizer.ggml.pre") or "")
+    def value(self, key: str) -> Any:
+        """One entry of the metadata, such as ``tokenizer.ggml.pre``; None where the file doesn't have it."""
+        field = self._reader.get_field(key)
+        try:
+            return None if field is None else field.contents()
+        except (ValueError, IndexError):
+            raise InputError(f"{self.path}: metadata {key} can't be read; the file is damaged") from None
 
     def _check_kind(self) -> None:
-        architecture = self._value("general.architecture")
+        architecture = self.value("general.architecture")
         if architecture != "llama":
-            raise InputError(f"{self.path}: its architecture is {architecture!r}; only 'llama' GGUF files are supported")
-        if int(self._value("split.count") or 1) > 1:
+            raise InputError(f"{self.path}: architecture {architecture!r} is not supported; only 'llama' is")
+        if self.value("split.count") not in (None, 0, 1):
             raise InputError(f"{self.path}: one part of a split model; join the parts with llama-gguf-split --merge")
-        if self._value("llama.expert_count"):
+        if self.value("llama.expert_count"):
             raise InputError(f"{self.path}: a mixture of experts; only dense Llama models are supported")
 
     def _renamed(self, stored: dict[str, ReaderTensor]) -> dict[str, ReaderTensor]:
@@ -157,7 +139,7 @@ class GGUFWeights:
         if unknown:
             raise InputError(f"{self.path}: tensors that no Llama model has: {', '.join(unknown[:5])}")
         if "token_embd.weight" not in stored:
-            raise InputError(f"{self.path}: token_embd.weight is missing; the file holds no whole model (a LoRA adapter?)")
+            raise InputError(f"{self.path}: token_embd.weight is missing; it holds no whole model (an adapter?)")
         return {str(hugging_face_name(name)): tensor for name, tensor in stored.items()}
 
     def _check_types(self) -> None:
@@ -169,18 +151,14 @@ class GGUFWeights:
                     f"use a file in F16, BF16, Q8_0 or another common quantisation"
                 )
 
-    def _value(self, key: str) -> Any:
-        field = self._reader.get_field(key)
-        return None if field is None else field.contents()
-
     def _needed(self, key: str, default: Any) -> Any:
-        value = self._value(f"llama.{key}")
+        value = self.value(f"llama.{key}")
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]  # llama.cpp allows one value a layer; a Llama has the same everywhere
         if value is None:
             value = default
-        if not isinstance(value, int | float):
-            problem = "is missing" if value is None else f"is {value!r}, not one number for all layers"
+        if not isinstance(value, int | float) or value <= 0:
+            problem = "is missing" if value is None else f"is {value!r}, not one positive number for all layers"
             raise InputError(f"{self.path}: metadata llama.{key} {problem}; convert the model to GGUF again")
         return value
 
@@ -205,48 +183,15 @@ class GGUFWeights:
         return self._whole("attention.head_count_kv", self._whole("attention.head_count")) if ".k_proj." in name else 0
 
     def _rope_scaling(self, heads: int) -> dict[str, Any] | None:
-        kind = self._value("llama.rope.scaling.type") or "none"
+        kind = self.value("llama.rope.scaling.type") or "none"
         if self._factors is not None:
             factors = numbers(self._factors.data, self._factors.tensor_type).float()
             return llama3_scaling(factors, self._real("rope.freq_base", 10000.0), self._head_dim(heads), self.shown)
         if kind == "linear":
             return {"rope_type": "linear", "factor": self._real("rope.scaling.factor")}
         if kind != "none":
-            raise InputError(f"{self.path}: rope scaling {kind!r} is not supported; supported: none, linear, Llama 3.1's")
+            raise InputError(f"{self.path}: rope scaling {kind!r} is not supported; linear and Llama 3.1's are")
         return None
-
-
-def read_header(path: Path) -> Header:
-    """The metadata and the tensor table of a GGUF file.
-
-    Raises:
-        InputError: it can't be read, isn't GGUF, or is truncated or damaged.
-    """
-    check_magic(path)
-    try:
-        with np.errstate(over="ignore"):
-            reader = Header(path, "c")  # copy on write: torch warns of arrays that can't be written
-    except DAMAGE as error:
-        if "GGMLQuantizationType" in str(error):
-            raise InputError(f"{path}: a quantisation that gguf doesn't know ({error}); use F16, Q8_0 or Q4_K") from None
-        raise InputError(f"{path}: the file is truncated or damaged; download or copy it again") from None
-    return reader
-
-
-def check_magic(path: Path) -> None:
-    """Refuse what isn't GGUF by its first eight bytes: magic and version."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    if start[:4] == b"vers":  # "version https://git-lfs.github.com/spec/v1"
-        raise InputError(f"{path}: only a Git LFS pointer; fetch the file itself with git lfs pull")
-    if start[:4] != b"GGUF" or len(start) < 8:
-        raise InputError(f"{path}: not a GGUF file (it starts with {start[:4]!r})")
-    version = struct.unpack("<I", start[4:])[0]
-    if version not in (2, 3):
-        raise InputError(f"{path}: GGUF version {version} or big-endian; convert it to version 3, little-endian")
 
 
 def hugging_face_name(name: str) -> str | None:
@@ -298,7 +243,7 @@ def llama3_scaling(factors: Tensor, theta: float, head_dim: int, shown: str) -> 
 
 
 def llama3_factors(theta: float, head_dim: int, factor: float) -> Tensor:
-    """What Llama 3.1's scaling divides each of the head_dim/2 frequencies by, float32 (Llama 3.1's ``rope_scaling``)."""
+    """What Llama 3.1's scaling divides each of the head_dim/2 frequencies by, float32."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
     turns = LLAMA3["original_max_position_embeddings"] * frequencies / (2 * math.pi)

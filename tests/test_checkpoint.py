@@ -1,0 +1,604 @@
+"""Checkpoints survive kills, full disks and flipped bytes, and continue a run bitwise."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor, nn
+
+from trainwright import checkpoint
+from trainwright.checkpoint import CheckpointError
+
+FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST)
+
+
+def save(run: Path, step: int, size: int = 100) -> Path:
+    """A checkpoint whose every number says which step it is of."""
+    return checkpoint.write(run, step, {"weight": torch.full((size,), float(step))}, {"step": step})
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(checkpoint.step_of(entry) for entry in (run / "checkpoints").iterdir())
+
+
+def flip(path: Path, position: int, mask: int = 1) -> None:
+    with path.open("r+b") as file:  # in place: rewriting the file costs a flush each time
+        file.seek(position, os.SEEK_SET if position >= 0 else os.SEEK_END)
+        [byte] = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ mask]))
+
+
+def no_warning(message: str) -> None:
+    raise AssertionError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------- round trip
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int32]
+DTYPES += [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (2, 3)], ids=str)
+def test_every_dtype_and_shape_comes_back(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.arange(6, dtype=torch.float32)[: torch.Size(shape).numel()].reshape(shape).to(dtype)
+    tensors, state = checkpoint.read(checkpoint.write(tmp_path, 3, {"x.y": tensor}, {"a": [1, None, 0.1]}))
+    assert same(tensors, {"x.y": tensor})
+    assert state == {"a": [1, None, 0.1]}
+
+
+def test_gradients_layouts_and_no_tensors_at_all(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.randn(3, 4))
+    folder = checkpoint.write(tmp_path, 1, {"parameter": parameter, "transposed": torch.arange(6).view(2, 3).t()}, {})
+    tensors, _ = checkpoint.read(folder)
+    assert same(tensors["parameter"], parameter.detach())
+    assert same(tensors["transposed"], torch.arange(6).view(2, 3).t())
+    assert checkpoint.read(checkpoint.write(tmp_path, 2, {}, {})) == ({}, {})
+
+
+def test_content_that_cannot_be_stored_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(TypeError, match=r"complex128.*of z"):
+        checkpoint.write(tmp_path, 2, {"a": torch.ones(1), "z": torch.ones(1, dtype=torch.complex128)}, {})
+    with pytest.raises(ValueError, match="__metadata__"):
+        checkpoint.write(tmp_path, 2, {"__metadata__": torch.ones(1)}, {})
+    with pytest.raises(TypeError, match="Tensor"):
+        checkpoint.write(tmp_path, 2, {}, {"loss": torch.ones(())})
+    weight = torch.ones(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        checkpoint.write(tmp_path, 2, {"embedding": weight, "head": weight}, {})
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
+
+
+def test_the_same_step_is_replaced(tmp_path: Path) -> None:
+    save(tmp_path, 4, size=10)
+    save(tmp_path, 4, size=20)
+    tensors, _ = checkpoint.read(tmp_path / "checkpoints" / "step-00000004")
+    assert tensors["weight"].shape == (20,)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000004"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_tensors_that_were_read_hold_no_file(tmp_path: Path) -> None:
+    tensors, _ = checkpoint.read(save(tmp_path, 1, size=100_000))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert tensors["weight"].data_ptr() % 64 == 0
+
+
+# ------------------------------------------------------------------------------------------------------ nested states
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal in value, type, order of keys, and every bit of floats and tensors."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, Tensor):
+        return (left.dtype, left.shape) == (right.dtype, right.shape) and torch.equal(bits(left), bits(right))
+    if isinstance(left, float):
+        return struct.pack(">d", left) == struct.pack(">d", right)
+    if isinstance(left, dict):
+        return same(list(left.items()), list(right.items()))
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten().view(torch.uint8)
+
+
+def tensors_of(dtype: torch.dtype, shape: list[int]) -> Tensor:
+    return (torch.rand(shape) * 100).to(dtype)
+
+
+Strategy = st.SearchStrategy[Any]
+plain: Strategy = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+words: Strategy = st.text(max_size=5) | st.sampled_from(["tensor", "float", "tuple", "items", "0", ".", "", "a.b"])
+simple_keys: Strategy = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words
+keys: Strategy = simple_keys | st.tuples(simple_keys, simple_keys)
+random_tensors = st.builds(tensors_of, st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3))
+nested = st.recursive(
+    plain | random_tensors,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple) | st.dictionaries(keys, inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(nested)
+def test_flatten_and_unflatten_are_inverse(state: Any) -> None:
+    tensors, skeleton = checkpoint.flatten(state, "optimizer")
+    skeleton = json.loads(json.dumps(skeleton, allow_nan=False))
+    assert same(checkpoint.unflatten(tensors_from_bytes(tensors_to_bytes(tensors)), skeleton), state)
+
+
+def test_names_are_paths_and_stay_apart() -> None:
+    one, two, three = torch.ones(1), torch.ones(2), torch.ones(3)
+    tensors, skeleton = checkpoint.flatten({"state": {0: {"exp_avg": one}, "0": {"exp_avg": two}}, "rng": [three]}, "o")
+    assert list(tensors) == ["o.state.0.exp_avg", "o.state.0.exp_avg'", "o.rng.0"]
+    assert same(checkpoint.unflatten(tensors, skeleton)["state"][0]["exp_avg"], one)
+    assert same(checkpoint.unflatten(tensors, skeleton)["state"]["0"]["exp_avg"], two)
+
+
+def test_a_tensor_that_occurs_twice_is_stored_once(tmp_path: Path) -> None:
+    rate = torch.tensor(0.1)
+    tensors, skeleton = checkpoint.flatten([{"lr": rate}, {"lr": rate}], "groups")
+    assert list(tensors) == ["groups.0.lr"]
+    tensors, _ = checkpoint.read(checkpoint.write(tmp_path, 1, tensors, {}))
+    first, second = checkpoint.unflatten(tensors, skeleton)
+    assert first["lr"] is second["lr"]
+
+
+def test_plain_states_stay_readable() -> None:
+    assert checkpoint.flatten({"lr": 0.1, "names": ["a", None]}) == ({}, {"lr": 0.1, "names": ["a", None]})
+
+
+def test_flatten_names_what_it_does_not_know() -> None:
+    with pytest.raises(TypeError, match=r"o\.groups\.0\.fn is a function"):
+        checkpoint.flatten({"groups": [{"fn": lambda: None}]}, "o")
+
+
+def test_unflatten_names_a_missing_tensor() -> None:
+    with pytest.raises(KeyError, match=r"o\.a"):
+        checkpoint.unflatten({}, checkpoint.flatten({"a": torch.ones(1)}, "o")[1])
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.95), fused=True),
+    "adamw-tensor-rate": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), amsgrad=True, fused=True),
+    "sgd-nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+}
+
+
+def training(kind: str, dtype: torch.dtype) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Linear(7, 9), nn.Dropout(0.5), nn.Linear(9, 3)).to(dtype)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "weight_decay": 0.0}]
+    return model, OPTIMIZERS[kind](groups)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    dtype = next(model.parameters()).dtype
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.randn(5, 7, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_training_goes_on_bitwise(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, optimizer = training(kind, dtype)
+    train(model, optimizer, 3)
+    tensors, skeleton = checkpoint.flatten(
+        {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    )
+    checkpoint.write(tmp_path, 3, tensors, {"all": skeleton})
+    train(model, optimizer, 3)
+
+    torch.manual_seed(1)
+    resumed, resumed_optimizer = training(kind, dtype)
+    loaded = checkpoint.newest_valid(tmp_path, no_warning)
+    assert loaded is not None
+    state = checkpoint.unflatten(loaded.tensors, loaded.state["all"])
+    resumed.load_state_dict(state["model"])
+    resumed_optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    train(resumed, resumed_optimizer, 3)
+    assert same(dict(resumed.state_dict()), dict(model.state_dict()))
+    assert same(resumed_optimizer.state_dict(), optimizer.state_dict())
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+
+# Runs in a process of its own, which forks the victims: torch is imported once, and pytest's process isn't forked.
+NURSERY = '''
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+import torch
+from trainwright import checkpoint
+
+def save(run, step, size):
+    return checkpoint.write(run, step, {"weight": torch.full((size,), float(step))}, {"step": step})
+
+def fork(victim):
+    child = os.fork()
+    if child == 0:
+        try:
+            victim()
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    return child
+
+def fail(message):
+    raise AssertionError(message)
+
+def check(run, at_least):
+    """The newest is whole and new enough, and so is everything else that is called a checkpoint."""
+    for folder in checkpoint._whole(run):
+        step = checkpoint.step_of(folder)
+        tensors, state = checkpoint.read(folder)
+        assert state == {"step": step} and bool((tensors["weight"] == step).all()), folder
+    loaded = checkpoint.newest_valid(run, fail)
+    step = checkpoint.step_of(loaded.folder) if loaded else 0
+    assert step >= at_least, f"step {at_least} had been written, the newest is {step}"
+    return step
+
+def at_random_moments(run, rounds):
+    step = 0
+    for round in range(rounds):
+        receive, send = os.pipe()
+        def victim():
+            for later in range(step + 1, step + 1000):
+                save(run, later, 300_000)
+                os.write(send, later.to_bytes(4, "big"))
+                checkpoint.prune(run, 2)
+        child = fork(victim)
+        time.sleep(random.uniform(0.0, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(send)
+        written = b""
+        while part := os.read(receive, 4096):
+            written += part
+        os.close(receive)
+        step = check(run, int.from_bytes(written[-4:], "big") if written else step)
+    save(run, step + 1, 10)
+    assert not [name for name in os.listdir(run / "checkpoints") if not name.startswith("step-")]
+    assert step > 5, f"only {step} steps in {rounds} rounds"
+
+def before_each_system_call(run, rounds):
+    """Python reports each operation on a file to audit hooks: the n-th victim dies just before its n-th one."""
+    template = run / "template"
+    for step in (1, 2):
+        save(template, step, 10)
+    (template / "checkpoints" / ".writing-step-00000007").mkdir()
+    (template / "checkpoints" / ".deleting-step-00000000").mkdir()
+    for number in range(1, rounds):
+        victims_run = run / str(number)
+        shutil.copytree(template, victims_run)
+        def victim():
+            left = number
+            def die(event, arguments):
+                nonlocal left
+                if event == "open" or event.startswith("os."):
+                    left -= 1
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            sys.addaudithook(die)
+            save(victims_run, 3, 10)
+            save(victims_run, 3, 10)
+            checkpoint.prune(victims_run, 2)
+        _, status = os.waitpid(fork(victim), 0)
+        check(victims_run, 2)
+        if status == 0:
+            assert number > 20, f"only {number} operations seen"
+            return
+        assert os.WIFSIGNALED(status), "the victim failed by itself"
+        save(victims_run, 4, 10)
+        assert not [name for name in os.listdir(victims_run / "checkpoints") if not name.startswith("step-")]
+    raise AssertionError("no victim survived")
+
+torch.set_num_threads(1)
+globals()[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+'''
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("moments", "rounds"), [("at_random_moments", 50), ("before_each_system_call", 200)])
+def test_a_killed_write_leaves_the_newest_checkpoint_whole(tmp_path: Path, moments: str, rounds: int) -> None:
+    command = [sys.executable, "-c", NURSERY, moments, str(tmp_path), str(rounds)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_everything_is_on_the_disk_before_the_rename_and_the_rename_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    rename = os.rename
+
+    def note(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def check(source: Path, target: Path) -> None:
+        assert {path.stat().st_ino for path in (*source.iterdir(), source, tmp_path)} <= synced
+        synced.clear()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", check)
+    folder = save(tmp_path, 1)
+    assert folder.parent.stat().st_ino in synced
+
+
+def test_leftovers_are_ignored_and_swept(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    home = tmp_path / "checkpoints"
+    for name in (".writing-step-00000002", ".deleting-step-00000000"):
+        (home / name).mkdir()
+        (home / name / checkpoint.TENSORS).write_bytes(b"half")
+    assert checkpoint.latest(tmp_path) == home / "step-00000001"
+    save(tmp_path, 2)
+    assert steps(tmp_path) == [1, 2]
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_byte_is_named_and_the_one_before_is_taken(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    flip(newest / name, (newest / name).stat().st_size // 2)
+    warnings: list[str] = []
+    loaded = checkpoint.newest_valid(tmp_path, warnings.append)
+    assert loaded is not None
+    assert loaded.state == {"step": 1}
+    assert len(warnings) == 1
+    assert str(newest) in warnings[0]
+    assert name in warnings[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_flipped_bit_pattern_anywhere_is_noticed_in_the_right_file(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 1, size=8) / name
+    for position in range(path.stat().st_size):
+        for mask in (0x01, 0x20, 0x80):  # 0x20 makes other letters of hexadecimal digits, 0x80 breaks the UTF-8
+            flip(path, position, mask)
+            with pytest.raises(CheckpointError, match=re.escape(name)):
+                checkpoint.read(path.parent)
+            flip(path, position, mask)
+    checkpoint.read(path.parent)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["missing", "truncated", "longer", "empty", "a folder"])
+def test_other_damage_is_named(tmp_path: Path, name: str, how: str) -> None:
+    path = save(tmp_path, 1) / name
+    content = path.read_bytes()
+    path.unlink()
+    if how == "a folder":
+        path.mkdir()
+    elif how != "missing":
+        path.write_bytes({"truncated": content[:-1], "longer": content + b"\0", "empty": b""}[how])
+    with pytest.raises(CheckpointError, match=f"step-00000001 is damaged: {re.escape(name)} "):
+        checkpoint.read(path.parent)
+
+
+def test_manifests_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1) / checkpoint.MANIFEST
+    for text in ("[]", "null", "{}", '"text"', '{"sha256": 1}'):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match="manifest"):
+            checkpoint.read(path.parent)
+    path.write_text(checkpoint._render({"format": 2, "step": 1, "files": {}}))
+    with pytest.raises(CheckpointError, match="format 2; this version reads format 1"):
+        checkpoint.read(path.parent)
+
+
+def test_all_damaged_is_an_error_and_none_at_all_is_not(tmp_path: Path) -> None:
+    assert checkpoint.newest_valid(tmp_path, no_warning) is None
+    assert checkpoint.latest(tmp_path) is None
+    warnings: list[str] = []
+    for step in (1, 2):
+        flip(save(tmp_path, step) / checkpoint.TENSORS, -1)
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+        checkpoint.newest_valid(tmp_path, warnings.append)
+    assert len(warnings) == 2
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"manifest\.json can't be read \(No such file"):
+        checkpoint.read(tmp_path / "step-00000009")
+
+
+# ------------------------------------------------------------------------------------------------------------ the disk
+
+
+def half_then(error: BaseException) -> Callable[[dict[str, Tensor], Path], None]:
+    """A ``save_file`` that dies half-way."""
+
+    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"\0" * 50)
+        raise error
+
+    return save_file
+
+
+ENOSPC = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FULL = [ENOSPC, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["OSError", "SafetensorError"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", half_then(error))
+        with pytest.raises(CheckpointError) as caught:
+            save(tmp_path, 2, size=1_000)
+    message = str(caught.value)
+    assert str(tmp_path / "checkpoints" / "step-00000002") in message
+    assert "No space left" in message
+    assert re.search(r"needs 4,011 bytes, [\d,]+ are free", message)
+    assert_only_the_first_is_there(tmp_path)
+    save(tmp_path, 2)
+    assert steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_disk_that_refuses_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def refuse(*arguments: object) -> None:
+        raise ENOSPC
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(CheckpointError, match="No space left"):
+            save(tmp_path, 2)
+    assert_only_the_first_is_there(tmp_path)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The kernel itself cuts writes off at ``size`` bytes, as a full disk would; needs no privileges."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("tensor_size", "text_size"), [(50_000, 10), (10, 200_000)], ids=["tensors", "state"])
+def test_writes_that_the_kernel_cuts_off(tmp_path: Path, tensor_size: int, text_size: int) -> None:
+    save(tmp_path, 1)
+    with largest_file(100_000), pytest.raises(CheckpointError, match="File too large"):
+        checkpoint.write(tmp_path, 2, {"weight": torch.ones(tensor_size)}, {"text": "x" * text_size})
+    assert_only_the_first_is_there(tmp_path)
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", half_then(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2)
+    assert_only_the_first_is_there(tmp_path)
+
+
+def assert_only_the_first_is_there(run: Path) -> None:
+    assert os.listdir(run / "checkpoints") == ["step-00000001"]
+    loaded = checkpoint.newest_valid(run, no_warning)
+    assert loaded is not None
+    assert loaded.state == {"step": 1}
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user whom permissions bind, even where the tests run as root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_folder_without_permission() -> None:
+    # Not tmp_path: its parents are closed to other users, and the refusal would come from them.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        with unprivileged(), pytest.raises(CheckpointError, match=r"Permission denied.*checkpoints"):
+            save(Path(folder), 1)
+        assert os.listdir(folder) == []
+        os.chmod(folder, 0o755)
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("not a folder")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save(tmp_path, 1)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_permissions_that_the_umask_gives(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {name: oct((folder / name).stat().st_mode & 0o777) for name in FILES} == dict.fromkeys(FILES, oct(mode))
+
+
+# ------------------------------------------------------------------------------------------------- order and deletion
+
+
+def test_the_latest_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000, 5):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-999999999.old").mkdir()
+    (tmp_path / "checkpoints" / "step-99999999999").write_text("a file")
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    assert checkpoint.step_of(newest) == 100_000_000
+    with pytest.raises(ValueError, match="best"):
+        checkpoint.step_of(tmp_path / "best")
+
+
+@pytest.mark.parametrize(
+    ("keep", "protect", "left"),
+    [(2, set(), [4, 5]), (9, set(), [1, 2, 3, 4, 5]), (1, {2}, [2, 5]), (2, {5, 1}, [1, 4, 5]), (1, {77}, [5])],
+)
+def test_prune(tmp_path: Path, keep: int, protect: set[int], left: list[int]) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, keep, protect)
+    assert steps(tmp_path) == left
+
+
+def test_prune_without_checkpoints(tmp_path: Path) -> None:
+    checkpoint.prune(tmp_path, 1)
+
+
+def test_a_half_deleted_folder_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half_delete(folder: Path, **options: object) -> None:
+        (folder / checkpoint.TENSORS).unlink()
+        raise KeyboardInterrupt
+
+    for step in (1, 2):
+        save(tmp_path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half_delete)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune(tmp_path, 1)
+    assert [checkpoint.step_of(folder) for folder in checkpoint._whole(tmp_path)] == [2]
+    save(tmp_path, 3)
+    assert steps(tmp_path) == [2, 3]

@@ -1,0 +1,218 @@
+"""The caller of the loop that the command line uses: it reports, evaluates, checkpoints and saves around the steps."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from trainwright import build, checkpoint, loop, runfolder
+from trainwright.console import Display
+from trainwright.loop import Run, StepResult
+from trainwright.machine import matrix_product_rate
+from trainwright.recipe import InputError, Recipe
+from trainwright.tracking import Tracker
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; its message says where the checkpoint lies and how to go on."""
+
+
+@dataclass
+class _Session:
+    """One call of ``train``: what goes along with the steps."""
+
+    recipe: Recipe
+    folder: Path
+    run: Run
+    display: Display
+    tracker: Tracker
+    peak: float | None
+    state: dict[str, Any] = field(default_factory=dict)  # what a checkpoint remembers besides the run: the best so far
+    recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=20))
+
+
+def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Run a recipe to its end and save the model; gives what ``--json`` prints.
+
+    Raises:
+        InputError: something the user can mend. RunError, CheckpointError: the run failed.
+        Interrupted: after Ctrl-C, when the checkpoint is written.
+    """
+    folder = runfolder.prepare(recipe, resume)
+    with Display(quiet) as display, Tracker(folder, recipe.tracking.tensorboard) as tracker:
+        run = _assemble(recipe, display)
+        session = _Session(recipe, folder, run, display, tracker, _peak(run))
+        session.state = runfolder.restore(folder, run, display.say) if resume else {}
+        session.state.setdefault("evaluations", {})
+        tracker.truncate_after(run.step if session.state.get("step") else -1)
+        _announce(session)
+        _steps(session)
+        return _finish(session)
+
+
+def _assemble(recipe: Recipe, display: Display) -> Run:
+    with display.working("preparing model and data") as bar:
+
+        def progress(what: str, done: int) -> None:
+            if bar is not None:
+                bar.update(bar.task_ids[0], description=f"{what} {done:,} rows")
+
+        return build.assemble(recipe, progress=progress)
+
+
+def _peak(run: Run) -> float | None:
+    """FLOP/s of the machine, where the share of it can be told."""
+    if run.flops is None:
+        return None
+    return matrix_product_rate(run.device, run.compute_dtype)
+
+
+def _announce(session: _Session) -> None:
+    run, display = session.run, session.display
+    for change in run.changes:
+        display.say(f"{change.technique}: {change.summary}")
+    for line in run.notes:
+        display.say(line)
+    display.say(f"run: {run.steps} steps, {run.steps_per_epoch} an epoch, in {session.folder}")
+    if run.step:
+        display.say(f"resumed after step {run.step}")
+
+
+def _steps(session: _Session) -> None:
+    run, recipe = session.run, session.recipe
+    if run.step == 0 and recipe.evaluation.before:
+        _evaluate(session)
+    session.display.start(run.steps, run.step)
+    with _stoppable() as stop:
+        for result in loop.train(run):
+            _report(session, result)
+            if recipe.evaluation.every and run.step % recipe.evaluation.every == 0 and run.step < run.steps:
+                _evaluate(session)
+            if recipe.checkpoint.every and run.step % recipe.checkpoint.every == 0 and run.step < run.steps:
+                _checkpoint(session)
+            if stop and run.step < run.steps:
+                path = _checkpoint(session)
+                raise Interrupted(
+                    f"stopped after step {run.step}, saved in {path}; to go on: "
+                    f"trainwright train {session.folder / 'recipe.yaml'} --resume"
+                )
+    session.display.__exit__()
+
+
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C fills, so that the step in hand is finished; the second one stops at once."""
+    stop: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread: whoever runs us there stops us in their own way
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _report(session: _Session, result: StepResult) -> None:
+    run = session.run
+    session.recent.append(result)
+    if len(session.recent) == 2 and session.recent[0].step == 1:
+        session.recent.popleft()  # the first step compiles
+    seconds = sum(r.seconds for r in session.recent)
+    rate = sum(r.size for r in session.recent) / seconds
+    share = sum(r.flops for r in session.recent) / seconds / session.peak if session.peak else None
+    session.display.step(result, run.unit, rate, share, run.steps)
+    session.tracker.log(
+        result.step,
+        {
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": result.grad_norm,
+            run.unit: result.size,
+            f"{run.unit}_per_second": result.size / result.seconds,
+            "peak_memory_bytes": result.peak_memory_bytes,
+            "seconds": result.seconds,
+        },
+    )
+
+
+def _evaluate(session: _Session) -> None:
+    run = session.run
+    if run.held_out is None:
+        return
+    values = loop.evaluate(run)
+    session.tracker.log(run.step, values, split="held_out")
+    session.state["evaluations"][str(run.step)] = values
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+    session.display.say(f"held-out after step {run.step}: {shown}")
+    _keep_best(session, values)
+
+
+def _keep_best(session: _Session, values: dict[str, float]) -> None:
+    best, known = session.recipe.evaluation.best, session.state.get("best")
+    if best is None or session.run.step == 0:
+        return
+    value = values[best.metric]
+    better = known is None or (value < known["value"] if best.direction == "minimize" else value > known["value"])
+    if better:
+        session.state["best"] = {"step": session.run.step, "value": value, "metric": best.metric}
+        _checkpoint(session)
+
+
+def _checkpoint(session: _Session) -> Path:
+    session.tracker.flush()
+    path = runfolder.save_checkpoint(session.folder, session.run, session.state)
+    best = session.state.get("best")
+    checkpoint.prune(session.folder, session.recipe.checkpoint.keep, {best["step"]} if best else set())
+    return path
+
+
+def _finish(session: _Session) -> dict[str, Any]:
+    run, folder = session.run, session.folder
+    if str(run.step) not in session.state["evaluations"]:
+        _evaluate(session)
+    _checkpoint(session)
+    best = session.state.get("best")
+    if best and best["step"] != run.step:
+        tensors, _ = checkpoint.read(folder / "checkpoints" / f"step-{best['step']:08d}")
+        runfolder.restore_weights(run, tensors)
+        session.display.say(f"the final model is the best one: step {best['step']}, {best['metric']} {best['value']:.4f}")
+    run.save(folder / runfolder.MODEL)
+    evaluations = session.state["evaluations"]
+    session.display.say(f"model: {folder / runfolder.MODEL}")
+    return {
+        "folder": str(folder),
+        "model": str(folder / runfolder.MODEL),
+        "steps": run.step,
+        "held_out": {"before": evaluations.get("0"), "after": evaluations.get(str(best["step"] if best else run.step))},
+        "best": best,
+        "changes": {change.technique: change.summary for change in run.changes},
+    }
+
+
+def evaluate(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Measure a finished run's model on its held-out data; gives what ``--json`` prints."""
+    recipe = runfolder.finished(folder)
+    if recipe.data.held_out is None:
+        raise InputError(f"{folder}: its recipe has no held-out data (data.held_out is null), so there is nothing to measure on")
+    with Display(quiet) as display:
+        started = time.perf_counter()
+        run = _assemble(recipe, display)
+        values = loop.evaluate(run)
+        rows = [[name, f"{value:.4f}"] for name, value in values.items()]
+        display.table(f"held-out data of {folder}", ["metric", "value"], rows)
+    return {"folder": str(folder), "held_out": values, "seconds": time.perf_counter() - started}

@@ -1,0 +1,285 @@
+"""Hugging Face folders: reading their safetensors, one file or many, and writing folders that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainwright.recipe import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Keys that describe another file than the one written, or ask for code to be fetched and run.
+DROPPED = {"torch_dtype", "quantization_config", "auto_map", "transformers_version", "_name_or_path"}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class FolderWeights:
+    """The tensors of a folder's ``model.safetensors``, or of the shards that its index names.
+
+    Raises:
+        InputError: no weights, a missing shard, a tensor that the index promises and the shard lacks, a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.shown = str(folder)
+        self._stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+        for path, promised in weight_files(folder).items():
+            entries = table(path)
+            if missing := [name for name in promised or () if name not in entries]:
+                raise InputError(f"{path}: has no {missing[0]!r}, but the index says so; download both again")
+            self._stored |= {name: (path, *entries[name]) for name in promised or entries}
+
+    def names(self) -> list[str]:
+        """Names as they are stored."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[name][1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype.
+
+        Raises:
+            InputError: a format such as 8-bit floats that needs scales to be understood.
+        """
+        path, _, kind = self._stored[name]
+        if kind not in DTYPES:
+            raise InputError(f"{path}: {name} is stored as {kind}, quantised; take the weights it was made from")
+        return DTYPES[kind]
+
+    def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A new tensor in ``dtype`` (default: as stored) that shares nothing with the file."""
+        out = torch.empty(self.shape(name), dtype=dtype or self.dtype(name))
+        # Opened anew for each tensor: closing unmaps the pages that were read, so that memory holds one copy.
+        with opened(self._stored[name][0]) as file:
+            return out.copy_(file.get_tensor(name))
+
+
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Each weight file of a folder with the names that the index promises; None where there is no index.
+
+    Raises:
+        InputError: neither file nor index, an index that can't be used, shards that are missing.
+    """
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder}: {what_is_missing(folder)}")
+    promised: dict[Path, list[str]] = {}
+    for name, file in read_json(folder / INDEX).get("weight_map", {}).items():
+        if Path(file).name != file:
+            raise InputError(f"{folder / INDEX}: {file!r} is not a file of this folder")
+        promised.setdefault(folder / file, []).append(name)
+    if not promised:
+        raise InputError(f"{folder / INDEX}: weight_map is missing or empty; download the index again")
+    if missing := [path.name for path in promised if not path.is_file()]:
+        raise InputError(f"{folder}: {len(missing)} of {len(promised)} shards are missing: {', '.join(missing)}")
+    return dict(promised)
+
+
+def what_is_missing(folder: Path) -> str:
+    """Why a folder can't be read as a model, and what helps."""
+    has = {path.name for path in folder.iterdir()}
+    if has & {"adapter_config.json", "adapter_model.safetensors"}:
+        return "a LoRA adapter, not a model; give its base as model.pretrained and this folder as adapt.start"
+    if "delta.safetensors" in has:
+        return "only the changed part of a model; give its base as model.pretrained and this folder as adapt.start"
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in has):
+        return (
+            "holds only pickled weights (.bin, .pt), which are refused because loading them can run code; if you trust "
+            "them, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors"
+        )
+    wanted = [name for name in ("config.json", SINGLE) if name not in has]
+    return f"no model folder; {' and '.join(wanted)} {'is' if len(wanted) == 1 else 'are'} missing"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: it can't be read, or isn't a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read as JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a JSON object; download it again")
+    return content
+
+
+def opened(path: Path) -> Any:
+    """An open safetensors file; its data is mapped, not read.
+
+    Raises:
+        InputError: it can't be read, or is truncated or damaged.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: {damage(path)} ({error})") from None
+
+
+def damage(path: Path) -> str:
+    """What is probably wrong with a file that isn't valid safetensors."""
+    with path.open("rb") as file:
+        pointer = file.read(8) == b"version "  # "version https://git-lfs.github.com/spec/v1"
+    return "only a Git LFS pointer; run git lfs pull" if pointer else "truncated or damaged; download it again"
+
+
+def table(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, safetensors' name of the dtype) for every tensor of a file."""
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
+def save_folder(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a Llama model as a folder for ``AutoModelForCausalLM.from_pretrained``; all of it, or nothing.
+
+    ``tensors`` have Hugging Face's names; each keeps its dtype. A tied head is not written twice. A model folder that
+    exists is replaced once the new one is complete. An empty ``config`` means a user's module: only names and values.
+
+    Raises:
+        InputError: the folder exists and is no model; or the config ties a head that isn't equal to the embedding.
+    """
+    folder = Path(folder).resolve()  # a symbolic link keeps pointing to the model
+    check_replaceable(folder)
+    kept = without_tied_head(tensors, config)
+    assert not any(tensor.is_meta or (config and not tensor.numel()) for tensor in kept.values()), (
+        "weights not gathered"
+    )
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_configs(temporary, config, kept.values())
+        write_weights(temporary, kept, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        swap(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to overwrite anything but an empty folder or a model folder."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give another folder to save to")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: holds files that are no model and would be lost; give another folder to save to")
+
+
+def without_tied_head(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors, without the head where the config ties it to the embedding."""
+    kept = dict(tensors)
+    if not config.get("tie_word_embeddings") or HEAD not in kept or EMBEDDING not in kept:
+        return kept
+    head = kept.pop(HEAD)
+    if head is not kept[EMBEDDING] and not torch.equal(head, kept[EMBEDDING]):
+        raise InputError("the config ties head and embedding but their values differ; set tie_word_embeddings: false")
+    return kept
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
+    """One ``model.safetensors``, or numbered shards of at most ``shard_bytes`` (or one tensor) and their index."""
+    shards = split(tensors, shard_bytes)
+    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    names = names if len(shards) > 1 else [SINGLE]
+    for file, shard in zip(names, shards, strict=True):
+        save_file(portable(tensors, shard), folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it the owner's alone
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def split(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+    """Names in their order, in portions of at most ``limit`` bytes; a larger tensor has one to itself."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def portable(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors on the CPU, contiguous, no two in one storage: safetensors refuses that."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name in names:
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return plain
+
+
+def write_configs(folder: Path, config: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:
+    """config.json, and generation_config.json with the token ids that are known."""
+    # The widest dtype: transformers casts everything to this one, which must not round.
+    kinds = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    plain = {key: value for key, value in config.items() if key not in DROPPED}
+    plain["dtype"] = str(reduce(torch.promote_types, kinds)).removeprefix("torch.")
+    if config:
+        plain |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    write_json(folder / "config.json", plain)
+    if ids := {key: config[key] for key in IDS if config.get(key) is not None}:
+        write_json(folder / "generation_config.json", ids)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def swap(temporary: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one, which comes back if that fails."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    os.replace(folder, old)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

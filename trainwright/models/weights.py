@@ -1,0 +1,275 @@
+"""Filling a model from stored weights: every name is matched, or named in the report or in an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainwright.recipe import InputError, nearest
+
+DtypeRule = Callable[[str], torch.dtype] | torch.dtype | None
+# Names that wrappers leave in state dicts: torch.compile, DistributedDataParallel, FSDP, checkpoint_wrapper.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+OUTER_WRAPPER = "module"
+# Old transformers stored the rotary frequencies; they follow from the config.
+DERIVED = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
+SHOWN = 5  # names listed before 'and N more'
+
+
+class Weights(Protocol):
+    """Stored tensors that are read one at a time."""
+
+    shown: str
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the stored numbers, without reading them."""
+
+    def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A new CPU tensor in ``dtype``, by default the stored one."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What came of each name. ``new`` and ``reshaped`` ones are as they were, for the caller to initialise."""
+
+    shown: str
+    matched: tuple[str, ...]
+    new: tuple[str, ...]
+    unused: tuple[str, ...]
+    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def uninitialized(self) -> set[str]:
+        """The model's names that still need values; of tied names the first one."""
+        return {*self.new, *self.reshaped}
+
+    def describe(self) -> str:
+        """Lines for people: how many names matched, and every one that didn't."""
+        total = len(self.matched) + len(self.uninitialized)
+        lines = [f"{len(self.matched)} of {total} parameters and buffers come from {self.shown}"]
+        lines += [f"new, to be initialised: {name}" for name in self.new]
+        lines += [
+            f"another shape, to be initialised: {name} is {list(stored)} in the file, {list(wanted)} in the model"
+            for name, (stored, wanted) in self.reshaped.items()
+        ]
+        lines += [f"in the file but not in the model, left out: {name}" for name in self.unused]
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass
+class Slot:
+    """A parameter or buffer, its names in the model (several if it is tied), and the stored names that mean it."""
+
+    names: list[str]
+    tensor: Tensor
+    stored: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def load_into(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    match: Literal["exact", "overlap"] = "exact",
+    dtype: DtypeRule = None,
+    device: torch.device | str = "cpu",
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> LoadReport:
+    """Give the model's parameters and persistent buffers the stored values, one at a time: memory holds one copy.
+
+    The model may live on the meta device; parameters are replaced, so make optimizers and wrappers afterwards. Tied
+    parameters stay tied. ``dtype`` (one, or a function of the name) applies to floating-point tensors; None keeps the
+    model's own. Names that ``ignore`` accepts are not the file's (an adapter's) and are left alone. With ``overlap``,
+    what the file lacks or has in another shape stays as it is, perhaps on the meta device, for the caller to fill.
+
+    Raises:
+        InputError: ``exact``: any name or shape that doesn't match, all of them named. ``overlap``: nothing matches.
+            Both: stored values that contradict the model's tying, or that are quantised.
+    """
+    slots = [slot for slot in slots_of(model) if not ignore(slot.name)]
+    report = compare(slots, weights, never_stored(model))
+    check(report, match)
+    matched = set(report.matched)
+    with single_threaded():
+        for slot in slots:
+            if slot.name in matched:
+                place(model, slot, read(slot, weights, dtype_of(slot, dtype)).to(device))
+    return report
+
+
+def compare(slots: list[Slot], weights: Weights, notes: list[str]) -> LoadReport:
+    """What will come of each name; fills the slots' ``stored``."""
+    unused, more = assign(slots, weights.names(), weights.shown)
+    matched, new, reshaped = [], [], {}
+    for slot in slots:
+        wanted = tuple(slot.tensor.shape)
+        if not slot.stored:
+            new.append(slot.name)
+        elif (stored := weights.shape(slot.stored[0])) != wanted:
+            reshaped[slot.name] = (stored, wanted)
+        else:
+            matched.append(slot.name)
+    return LoadReport(weights.shown, tuple(matched), tuple(new), tuple(unused), reshaped, (*more, *notes))
+
+
+def slots_of(model: nn.Module) -> list[Slot]:
+    """The model's parameters and persistent buffers in their order, each once."""
+    slots: dict[int, Slot] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):  # not a module's extra state
+            slots.setdefault(id(tensor), Slot([], tensor)).names.append(name)
+    return list(slots.values())
+
+
+def never_stored(model: nn.Module) -> list[str]:
+    """A note for each buffer on the meta device that state dicts leave out: the caller has to compute it."""
+    stored = model.state_dict(keep_vars=True)
+    names = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]
+    return [f"never stored, still without values: {name}" for name in names]
+
+
+def assign(slots: Iterable[Slot], stored: Iterable[str], shown: str) -> tuple[list[str], list[str]]:
+    """Note in each slot the stored names that mean it; returns those that mean none, and what people should know.
+
+    Raises:
+        InputError: two stored names mean the same one of the model.
+    """
+    known = {name: slot for slot in slots for name in slot.names}
+    unused: list[str] = []
+    notes: list[str] = []
+    renamed: list[str] = []
+    taken: dict[str, str] = {}
+    for name in stored:
+        target = next((candidate for candidate in meanings(name) if candidate in known), None)
+        if target is None:
+            if name.endswith(DERIVED):
+                notes.append(f"left out because it follows from the config: {name}")
+            else:
+                unused.append(name)
+            continue
+        if target in taken:
+            raise InputError(f"{shown}: {taken[target]!r} and {name!r} both mean {target!r}; keep one of them")
+        taken[target] = name
+        known[target].stored.append(name)
+        if name != target:
+            renamed.append(f"{name} -> {target}")
+    if renamed:
+        notes.append(f"{len(renamed)} names differ by a wrapper's prefix, as {renamed[0]}")
+    return unused, notes
+
+
+def meanings(name: str) -> Iterator[str]:
+    """What a stored name may be called in the model: itself, without wrappers, or in a language model's body."""
+    yield name
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    yield ".".join(parts)
+    while parts and parts[0] == OUTER_WRAPPER:
+        parts = parts[1:]
+    yield ".".join(parts)
+    yield ".".join(["model", *parts])
+
+
+def check(report: LoadReport, match: Literal["exact", "overlap"]) -> None:
+    """Raise the InputError that the mode asks for, with every fault."""
+    if match == "overlap":
+        if not report.matched:
+            raise InputError(
+                f"{report.shown}: nothing matches the model; its names look like {listed(report.unused[:1])}, "
+                f"the model's like {listed(sorted(report.uninitialized)[:1])}"
+            )
+        return
+    faults = [
+        f"{name} is {list(stored)} in the file but {list(wanted)} in the model"
+        for name, (stored, wanted) in report.reshaped.items()
+    ]
+    if report.new:
+        hint = tied_hint(report) or nearest(report.new[0], report.unused)
+        faults.append(f"missing in the file: {listed(report.new)}{hint}")
+    if report.unused:
+        faults.append(f"not in the model: {listed(report.unused)}")
+    if faults:
+        advice = "model.match: overlap copies what fits and initialises the rest"
+        raise InputError("\n  ".join([f"{report.shown} doesn't fit the model:", *faults, advice]))
+
+
+def listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def tied_hint(report: LoadReport) -> str:
+    return " (head tied to the embedding? set tie_word_embeddings: true)" if report.new == ("lm_head.weight",) else ""
+
+
+def dtype_of(slot: Slot, rule: DtypeRule) -> torch.dtype:
+    if rule is None or not slot.tensor.is_floating_point():
+        return slot.tensor.dtype
+    return rule if isinstance(rule, torch.dtype) else rule(slot.name)
+
+
+def read(slot: Slot, weights: Weights, dtype: torch.dtype) -> Tensor:
+    """The slot's values in ``dtype``.
+
+    Raises:
+        InputError: integers for a floating-point parameter (quantised without saying so), or tied names that differ.
+    """
+    first, *others = slot.stored
+    stored, wanted = weights.dtype(first), slot.tensor.dtype
+    if stored.is_floating_point != wanted.is_floating_point:
+        raise InputError(
+            f"{weights.shown}: {first} is stored as {stored}, the model has {wanted}; take unquantised weights"
+        )
+    for other in others:
+        if not torch.equal(weights.load(first), weights.load(other)):
+            raise InputError(
+                f"{weights.shown}: {first} and {other} differ, but the model ties them; set tie_word_embeddings: false"
+            )
+    return weights.load(first, dtype)
+
+
+def place(model: nn.Module, slot: Slot, value: Tensor) -> None:
+    """Put one tensor under all of the slot's names."""
+    if isinstance(slot.tensor, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=slot.tensor.requires_grad)
+    for name in slot.names:  # the same object under each: what was tied stays tied
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value)
+
+
+def allocate(model: nn.Module, device: torch.device | str) -> set[str]:
+    """Memory for the parameters and persistent buffers still on the meta device; their names, of tied ones the first.
+
+    Floating-point ones are NaN until the caller gives them values: what is forgotten must not look like a weight.
+    """
+    unmade = [slot for slot in slots_of(model) if slot.tensor.is_meta]
+    for slot in unmade:
+        filler = torch.nan if slot.tensor.is_floating_point() else 0
+        place(model, slot, torch.full(slot.tensor.shape, filler, dtype=slot.tensor.dtype, device=device))
+    return {slot.name for slot in unmade}
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """One thread for torch: on a busy machine, waking others for short copies takes longer than the copies."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

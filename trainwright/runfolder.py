@@ -1,0 +1,130 @@
+"""The folder of a run: recipe.yaml, environment.json, metrics.jsonl, checkpoints/, model/, tensorboard/."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainwright import checkpoint, tracking
+from trainwright.loop import Run
+from trainwright.recipe import InputError, Recipe
+from trainwright.recipe_file import dump, load
+
+MODEL = "model"
+
+
+def prepare(recipe: Recipe, resume: bool) -> Path:
+    """Make the folder, or recognise it as this recipe's.
+
+    Raises:
+        InputError: it can't be written, holds another recipe's run, or holds this one's and ``resume`` wasn't asked for.
+    """
+    folder = Path(recipe.run.folder or "runs/run")
+    file = folder / "recipe.yaml"
+    if file.is_file():
+        _same_recipe(load(file), recipe, folder)
+        if not resume and (checkpoint.latest(folder) or (folder / MODEL).exists()):
+            raise InputError(f"{folder} already holds this recipe's run; add --resume to go on, or set run.folder to another place")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} isn't empty and holds no run; set run.folder to another place")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, dump(recipe))
+        write_text(folder / "environment.json", json.dumps(tracking.environment(), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"run.folder: {folder} can't be written ({error.strerror}); set run.folder to another place") from None
+    return folder
+
+
+def _same_recipe(stored: Recipe, recipe: Recipe, folder: Path) -> None:
+    """How long to train may change when resuming; nothing else may."""
+    old, new = (r.model_dump(mode="json") for r in (stored, recipe))
+    for section in ("run", "checkpoint", "tracking"):
+        old.pop(section), new.pop(section)
+    old["seed"], new["seed"] = stored.run.seed, recipe.run.seed
+    if different := [path for path in _differences(old, new, "") if path not in ("training.steps", "training.epochs")]:
+        shown = ", ".join(different[:4])
+        raise InputError(f"{folder} holds the run of another recipe (different: {shown}); set run.folder to another place")
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [path]
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a finished or interrupted run.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise InputError(f"{folder} is no run folder: it has no recipe.yaml")
+    return load(folder / "recipe.yaml")
+
+
+def finished(folder: Path) -> Recipe:
+    """The recipe that builds a run's final model: the same, starting from what was saved.
+
+    Raises:
+        InputError: the run hasn't finished.
+    """
+    recipe = read_recipe(folder)
+    model = folder / MODEL
+    if not model.is_dir():
+        raise InputError(f"{folder} has no final model yet; finish it with: trainwright train {folder / 'recipe.yaml'} --resume")
+    if recipe.adapt.method == "full":
+        started = recipe.model.model_copy(update={"pretrained": str(model), "options": {}, "match": "exact"})
+        if recipe.model.architecture != "decoder":
+            started = started.model_copy(update={"options": recipe.model.options})
+        return recipe.model_copy(update={"model": started})
+    return recipe.model_copy(update={"adapt": recipe.adapt.model_copy(update={"start": str(model)})})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def capture(run: Run, extra: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a checkpoint holds: what learns, the optimizer's state and the step. Frozen values come from the base again."""
+    tensors = {f"model.{name}": p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
+    tensors |= {f"buffer.{name}": b for name, b in run.model.named_buffers()}
+    states, skeleton = checkpoint.flatten(run.optimizer.state_dict(), "optimizer")
+    return {**tensors, **states}, {"step": run.step, "optimizer": skeleton, **extra}
+
+
+def save_checkpoint(folder: Path, run: Run, extra: dict[str, Any]) -> Path:
+    """Write the run as it stands after ``run.step`` steps."""
+    tensors, state = capture(run, extra)
+    return checkpoint.write(folder, run.step, tensors, state)
+
+
+def restore(folder: Path, run: Run, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Set the run to its newest whole checkpoint; gives that checkpoint's state, empty if there is none."""
+    loaded = checkpoint.newest_valid(folder, warn)
+    if loaded is None:
+        return {}
+    restore_weights(run, loaded.tensors)
+    run.optimizer.load_state_dict(checkpoint.unflatten(loaded.tensors, loaded.state["optimizer"]))
+    run.step = loaded.state["step"]
+    return loaded.state
+
+
+@torch.no_grad()
+def restore_weights(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy a checkpoint's learned values and buffers into the model."""
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(tensors[f"model.{name}"])
+    for name, buffer in run.model.named_buffers():
+        buffer.copy_(tensors[f"buffer.{name}"])
