@@ -270,7 +270,9 @@ def check(run, at_least):
     return step
 
 def at_random_moments(run, rounds):
-    step = 0
+    started = time.perf_counter()
+    save(run, 1, 300_000)
+    one_write, step = time.perf_counter() - started, 1
     for round in range(rounds):
         receive, send = os.pipe()
         def victim():
@@ -279,7 +281,7 @@ def at_random_moments(run, rounds):
                 os.write(send, later.to_bytes(4, "big"))
                 checkpoint.prune(run, 2)
         child = fork(victim)
-        time.sleep(random.uniform(0.0, 0.12))
+        time.sleep(random.uniform(0.0, 4 * one_write))  # a slow disk or a busy machine still gets some writes done
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(send)
@@ -294,6 +296,7 @@ def at_random_moments(run, rounds):
 
 def before_each_system_call(run, rounds):
     """Python reports each operation on a file to audit hooks: the n-th victim dies just before its n-th one."""
+    os.fsync = lambda descriptor: None  # matters to power cuts, not to kills, and takes most of the time
     template = run / "template"
     for step in (1, 2):
         save(template, step, 10)
@@ -330,7 +333,7 @@ globals()[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize(("moments", "rounds"), [("at_random_moments", 50), ("before_each_system_call", 200)])
+@pytest.mark.parametrize(("moments", "rounds"), [("at_random_moments", 30), ("before_each_system_call", 200)])
 def test_a_killed_write_leaves_the_newest_checkpoint_whole(tmp_path: Path, moments: str, rounds: int) -> None:
     command = [sys.executable, "-c", NURSERY, moments, str(tmp_path), str(rounds)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)

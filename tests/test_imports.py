@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "console": {"recipe", "loop"},
     "runfolder": {"recipe", "loop", "checkpoint", "tracking", "saving"},
     "build": BELOW_BUILD,
-    **{name: BELOW_VERBS for name in ("fit", "generate", "inspect", "export")},
+    **dict.fromkeys(("fit", "generate", "inspect", "export"), BELOW_VERBS),
     "cli": {"recipe", "fit", "generate", "inspect", "export"},
     "__main__": {"recipe", "cli"},
 }

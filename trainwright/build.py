@@ -11,7 +11,7 @@ import inspect
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,12 @@ from trainwright import flops, losses, metrics, optim, saving
 from trainwright.adapt import full, lora
 from trainwright.adapt import partial as partial_tuning
 from trainwright.data import loader, packing, text
-from trainwright.loop import Run, accumulate
+from trainwright.loop import Run, Sample, accumulate
 from trainwright.memory import precision
 from trainwright.models import decoder, pretrained
 from trainwright.models.contract import Change
 from trainwright.recipe import InputError, Lora, Partial, Recipe, nearest
+from trainwright.sampling import Sampling, tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -94,9 +95,10 @@ def assemble(recipe: Recipe, *, progress: Callable[[str, int], None] = lambda wh
         metrics=metrics.language_model,
         flops=flops.counter(flops.decoder_work(built.model, built.model.config)) if _is_decoder(built) else None,
         save=partial(saving.save_model, recipe, built.model, built.config, built.source, tokenizer),
-        compute_dtype=torch.bfloat16 if built.precision == "bf16" else torch.float32,
+        compute_dtype=compute_dtype(built),
         steps_per_epoch=batches.steps_per_epoch,
         notes=_data_notes(splits, batches),
+        samples=_samples(built, tokenizer, splits.held_out) if _is_decoder(built) and splits.held_out else None,
     )
 
 
@@ -239,6 +241,35 @@ def text_objective(built: Built, recipe: Recipe) -> Callable[[Any], tuple[Tensor
             return losses.logits_cross_entropy(out, batch.labels, recipe.loss)
 
     return objective
+
+
+def speaking(built: Built, tokenizer: PreTrainedTokenizerFast) -> Callable[[list[int], Sampling], Iterator[int]]:
+    """How the decoder as it stands goes on after a prompt's tokens."""
+    assert isinstance(built.model, decoder.Decoder)
+    declared = built.config.get("eos_token_id")
+    stops = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id} - {None}
+    context = partial(precision.context, built.precision, built.device)
+    return partial(tokens, built.model, stops=stops, dtype=compute_dtype(built), context=context)
+
+
+def compute_dtype(built: Built) -> torch.dtype:
+    """What products are made in."""
+    return torch.bfloat16 if built.precision == "bf16" else torch.float32
+
+
+def _samples(built: Built, tokenizer: PreTrainedTokenizerFast, held_out: text.Documents | None) -> Callable[[int], list[Sample]]:
+    """The likeliest answers to the first held-out prompts."""
+
+    def sample(count: int) -> list[Sample]:
+        assert held_out is not None
+        going_on = speaking(built, tokenizer)
+        found = []
+        for prompt, expected in held_out.prompts(count):
+            answer = going_on(prompt, Sampling(max_tokens=96, temperature=0.0))
+            found.append(Sample(*(tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (prompt, expected, answer))))
+        return found
+
+    return sample
 
 
 def _takes_documents(model: nn.Module) -> bool:

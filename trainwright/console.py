@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -44,6 +45,12 @@ class Display:
         for row in rows:
             table.add_row(*row)
         self.out.print(table)
+
+    def sample(self, pair: dict[str, str]) -> None:
+        """A held-out prompt with what the model said before and after training, and what was written there."""
+        self.out.rule("held-out sample")
+        for name in ("prompt", "before", "after", "expected"):
+            self.out.print(f"[bold]{name}[/bold]", escape(pair[name].strip()), sep="\n", soft_wrap=True)
 
     def start(self, steps: int, done: int) -> None:
         """Show the bar of the steps."""

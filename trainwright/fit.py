@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -89,6 +89,7 @@ def _steps(session: _Session) -> None:
     run, recipe = session.run, session.recipe
     if run.step == 0 and recipe.evaluation.before:
         _evaluate(session)
+        session.state["samples"] = _samples(session)
     session.display.start(run.steps, run.step)
     with _stoppable() as stop:
         for result in loop.train(run):
@@ -162,6 +163,14 @@ def _evaluate(session: _Session) -> None:
     _keep_best(session, values)
 
 
+def _samples(session: _Session) -> list[dict[str, str]]:
+    count, run = session.recipe.evaluation.samples, session.run
+    if not count or run.samples is None:
+        return []
+    with session.display.working("sampling"):
+        return [asdict(sample) for sample in run.samples(count)]
+
+
 def _keep_best(session: _Session, values: dict[str, float]) -> None:
     best, known = session.recipe.evaluation.best, session.state.get("best")
     if best is None or session.run.step == 0:
@@ -192,16 +201,31 @@ def _finish(session: _Session) -> dict[str, Any]:
         runfolder.restore_weights(run, tensors)
         session.display.say(f"the final model is the best one: step {best['step']}, {best['metric']} {best['value']:.4f}")
     run.save(folder / runfolder.MODEL)
+    samples = _compared(session)
     evaluations = session.state["evaluations"]
     session.display.say(f"model: {folder / runfolder.MODEL}")
+    session.display.say(f"next:  trainwright generate {folder} --chat")
     return {
         "folder": str(folder),
         "model": str(folder / runfolder.MODEL),
         "steps": run.step,
         "held_out": {"before": evaluations.get("0"), "after": evaluations.get(str(best["step"] if best else run.step))},
         "best": best,
+        "samples": samples,
         "changes": {change.technique: change.summary for change in run.changes},
     }
+
+
+def _compared(session: _Session) -> list[dict[str, str]]:
+    """The answers before and after training side by side, shown and given."""
+    before = session.state.get("samples", [])
+    pairs = [
+        {"prompt": old["prompt"], "expected": old["expected"], "before": old["answer"], "after": new["answer"]}
+        for old, new in zip(before, _samples(session) if before else [], strict=True)
+    ]
+    for pair in pairs:
+        session.display.sample(pair)
+    return pairs
 
 
 def evaluate(folder: Path, *, quiet: bool = False) -> dict[str, Any]:

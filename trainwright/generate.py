@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from trainwright import build, runfolder
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
-from trainwright.memory import precision
-from trainwright.models.decoder import Decoder, KVCache
+from trainwright.models.decoder import Decoder
 from trainwright.recipe import InputError, Model, Recipe, TextData
+from trainwright.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; temperature 0 takes the likeliest."""
-
-    max_tokens: int = 256
-    temperature: float = 0.7
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise InputError(f"--max-tokens {self.max_tokens}: give 1 or more")
-        if self.temperature < 0:
-            raise InputError(f"--temperature {self.temperature}: give 0 (the likeliest token) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"--top-k {self.top_k}: give 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: give a fraction above 0 and up to 1")
 
 
 @dataclass(frozen=True)
@@ -51,53 +27,14 @@ class Speaker:
     name: str
     model: Decoder
     tokenizer: PreTrainedTokenizerFast
-    stops: frozenset[int]
-    precision: precision.Precision
-    device: torch.device
-
-
-def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token (rows, 1) of logits (rows, vocabulary): the likeliest, or drawn from what top-k and top-p leave."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    probabilities = torch.softmax(logits.float() / sampling.temperature, -1)
-    ordered, order = probabilities.sort(-1, descending=True)
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if sampling.top_k is not None:
-        keep[:, sampling.top_k :] = False
-    if sampling.top_p is not None:  # the token that crosses the threshold still belongs to the nucleus
-        keep &= ordered.cumsum(-1) - ordered < sampling.top_p
-    drawn = torch.multinomial(ordered * keep, 1, generator=generator)
-    return order.gather(-1, drawn)
-
-
-@torch.inference_mode()
-def tokens(speaker: Speaker, prompt: list[int], sampling: Sampling) -> Iterator[int]:
-    """The tokens that follow the prompt, until a stop token, ``max_tokens``, or the model's length."""
-    model, device = speaker.model, speaker.device
-    room = model.config.max_position_embeddings - len(prompt)
-    if room < 1 or not prompt:
-        raise InputError(f"the prompt has {len(prompt)} tokens; the model takes 1 to {model.config.max_position_embeddings - 1}")
-    new = min(sampling.max_tokens, room)
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    dtype = torch.bfloat16 if speaker.precision == "bf16" else torch.float32
-    cache = KVCache(model.config, 1, len(prompt) + new, dtype=dtype, device=device)
-    following = torch.tensor([prompt], device=device)
-    for _ in range(new):
-        with precision.context(speaker.precision, device):
-            logits = model.logits(model.extend(following, cache)[:, -1])
-        following = pick(logits, sampling, generator)
-        token = int(following)
-        if token in speaker.stops:
-            return
-        yield token
+    tokens: Callable[[list[int], Sampling], Iterator[int]]
 
 
 def stream(speaker: Speaker, prompt: list[int], sampling: Sampling) -> Iterator[str]:
     """The same as pieces of text; a character of several tokens comes when it is whole."""
     seen: list[int] = []
     told = ""
-    for token in tokens(speaker, prompt, sampling):
+    for token in speaker.tokens(prompt, sampling):
         seen.append(token)
         text = speaker.tokenizer.decode(seen, skip_special_tokens=True)
         if not text.endswith("\ufffd"):
@@ -159,9 +96,7 @@ def _speaker(recipe: Recipe, name: str) -> Speaker:
     if not isinstance(built.model, Decoder):
         raise InputError(f"{name}: only decoders can generate; this is {recipe.model.architecture}")
     tokenizer = build.find_tokenizer(recipe, built.source)
-    declared = built.config.get("eos_token_id")
-    stops = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id} - {None}
-    return Speaker(name, built.model.eval(), tokenizer, frozenset(stops), built.precision, built.device)
+    return Speaker(name, built.model.eval(), tokenizer, build.speaking(built, tokenizer))
 
 
 def main(

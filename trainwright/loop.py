@@ -34,6 +34,15 @@ class RunError(RuntimeError):
     """The run itself failed, though the input was right. Exit code 3."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt, what should follow, and what the model says."""
+
+    prompt: str
+    expected: str
+    answer: str
+
+
 @dataclass
 class Run:
     """A training program, ready to go: what ``build.assemble`` makes and ``train`` drives.
@@ -60,6 +69,7 @@ class Run:
     save: Callable[[Path], None]
     compute_dtype: torch.dtype
     steps_per_epoch: int
+    samples: Callable[[int], list[Sample]] | None
     unit: str = "tokens"
     notes: list[str] = field(default_factory=list)
     step: int = 0

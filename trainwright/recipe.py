@@ -214,6 +214,9 @@ class Evaluation(Section):
 
     every: Positive | None = Field(None, description="steps between evaluations; null: only before and after")
     before: bool = True
+    samples: Annotated[int, Field(ge=0)] = Field(
+        0, description="answers to so many held-out prompts, shown before and after"
+    )
     best: Best | None = Field(None, description="keep the best evaluated weights and make them the final model")
 
 

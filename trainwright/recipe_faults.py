@@ -119,7 +119,7 @@ def _described(field: Any) -> str:
 def _unknown(loc: tuple[int | str, ...], mapping: Mapping[str, Any]) -> str:
     """What an unknown key should have been."""
     key, parent = str(loc[-1]), locate(loc[:-1], mapping)
-    section = unwrap(parent.hint)[0]
+    section = unwrap(without_none(unwrap(parent.hint)[0]))[0]
     assert is_section(section), "only sections forbid keys"
     return _of_another_kind(key, section, parent) or f"unknown key{advice(key, section, parent.path)}"
 

@@ -49,7 +49,7 @@ def parse(mapping: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """YAML with every key, defaults included, in the order of ``Recipe``; ``parse`` gives the same recipe again."""
-    return recipe_yaml.write(recipe.model_dump(mode="json"))
+    return recipe_yaml.write(recipe.model_dump())
 
 
 def schema() -> dict[str, Any]:

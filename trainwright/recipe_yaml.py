@@ -6,6 +6,7 @@ PyYAML follows YAML 1.1, in which ``1e-4`` is text, ``off`` is false, ``010`` is
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import yaml
@@ -69,10 +70,16 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
+def _represent_list(dumper: yaml.SafeDumper, items: Sequence[Any]) -> yaml.Node:
     """Short lists of plain values stay in their line."""
     plain = all(item is None or isinstance(item, bool | int | float | str) for item in items)
     return dumper.represent_sequence(f"{TAG}seq", items, flow_style=plain)
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Quoted so that they are escaped, where characters are in it that readers take for the end of a line."""
+    unusual = any(character in text for character in "\x85\u2028\u2029\ufeff")
+    return dumper.represent_scalar(f"{TAG}str", text, style='"' if unusual else None)
 
 
 for _name, _pattern, _first in WORDS:
@@ -82,6 +89,8 @@ for _name, _pattern, _first in WORDS:
     _Dumper.add_implicit_resolver(TAG + _name, _whole, [*_first, ""] if _name == "null" else list(_first))
 _Loader.add_constructor(f"{TAG}int", _Loader.construct_decimal)
 _Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(tuple, _represent_list)
+_Dumper.add_representer(str, _represent_text)
 
 
 def read(text: str, where: str) -> Any:

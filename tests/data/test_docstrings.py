@@ -58,6 +58,7 @@ def test_the_fingerprint_is_stable() -> None:
 
 
 SOURCE = '''
+# A form feed and a separator are no line ends to Python: \f \u2028
 class Stack:
     @property
     def top(self):
@@ -68,6 +69,10 @@ class Stack:
         return self.values[-1] if self.values else None
 
     def one_line(self): "A docstring on the line of the definition."; return 1
+
+    def followed_on_its_line(self):
+        """A docstring that shares its line."""; shared = 1
+        return shared
 
     def only_documented(self):
         """There is nothing to see in this function."""

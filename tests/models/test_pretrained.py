@@ -130,7 +130,7 @@ def test_half_a_model_folder(model_folder):
 def test_pickled_weights_are_refused_and_never_opened(model_folder):
     (model_folder / "model.safetensors").unlink()
     (model_folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch PWNED'\ntR.")
-    with pytest.raises(InputError, match="refused because loading them can run code.*save_pretrained"):
+    with pytest.raises(InputError, match=r"refused because loading them can run code.*save_pretrained"):
         locate(str(model_folder))
 
 

@@ -56,6 +56,15 @@ class Documents:
         """(documents,) int64"""
         return np.diff(self.offsets)
 
+    def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """What comes before the first target, and the rest, of the first documents; text without a prompt is halved."""
+        pairs = []
+        for first, end in zip(self.offsets[:count].tolist(), self.offsets[1 : count + 1].tolist(), strict=False):
+            targets = np.flatnonzero(self.supervised[first:end])
+            cut = first + (int(targets[0]) if targets[0] > 1 else (end - first + 1) // 2)
+            pairs.append((self.tokens[first:cut].tolist(), self.tokens[cut:end].tolist()))
+        return pairs
+
 
 def fit(documents: Documents, ids: np.ndarray, length: int, policy: LengthPolicy) -> Documents:
     """The documents with these ids, cut to the length, without the pieces that hold no supervised token."""

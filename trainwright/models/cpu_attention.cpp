@@ -140,7 +140,11 @@ inline F exp2(F x) {
   constexpr float magic = 12582912.0f + 127.0f;
   F t = x + magic;
   F f = x - (t - magic);
+#ifdef DEG4
+  F p = splat(9.6183904e-3f);
+#else
   F p = f * 1.3390666e-3f + 9.6183904e-3f;
+#endif
   p = p * f + 5.5503324e-2f;
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
@@ -235,6 +239,9 @@ constexpr int64_t KEYS = 32;      // keys are padded to multiples of this many
 #ifndef BCOLS
 #define BCOLS 192
 #endif
+#ifndef BCHUNK
+#define BCHUNK 512
+#endif
 #ifndef FCHUNK
 #define FCHUNK 256
 #endif
@@ -260,14 +267,15 @@ struct Task {
 template <typename T, typename C>
 void gather(const View<T>& x, const Task& task, int64_t begin, int64_t end, int64_t group, int64_t dim, int64_t padded, C* out) {
   C* o = out;
+  int64_t run = x.member == dim ? group * dim : dim, runs = group * dim / run;
   for (int64_t t = begin; t < end; t++) {
     auto* token = x.at(task.row, task.head, task.first + t);
-    for (int64_t g = 0; g < group; g++, o += dim) {
+    for (int64_t g = 0; g < runs; g++, o += run) {
       auto* in = token + g * x.member;
       if (sizeof(C) == sizeof(T))
-        std::memcpy(o, in, dim * sizeof(C));
+        std::memcpy(o, in, run * sizeof(C));
       else
-        for (int64_t d = 0; d < dim; d += W) store(o + d, load(in + d));
+        for (int64_t d = 0; d < run; d += W) store(o + d, load(in + d));
     }
   }
   std::memset((void*)o, 0, (out + padded * dim - o) * sizeof(C));
@@ -283,6 +291,7 @@ struct Scratch {
   }
 };
 // Memory of the calling thread that is kept for the next call: fresh pages cost as much as the work on them.
+template <int USE>
 Scratch scratch(std::size_t bytes) {
   struct Free {
     void operator()(char* p) const { std::free(p); }
@@ -291,7 +300,7 @@ Scratch scratch(std::size_t bytes) {
   static thread_local std::size_t size = 0;
   if (bytes > size) {
     memory.reset();
-    size = round_up(bytes, 1 << 16);
+    size = round_up(bytes, 1 << 16); 
     memory.reset((char*)std::aligned_alloc(64, size));
     if (!memory) {
       size = 0;
@@ -371,7 +380,7 @@ struct Forward {
   void run(const Task& task, float*) const {
     auto [rows_, heads, length, group, dim] = shape;
     Tiling tiles = tiling();
-    Scratch s = scratch(bytes(task.end));
+    Scratch s = scratch<0>(bytes(task.end));
     int64_t keys = round_up(task.end, BLOCK);
     C *kt = s.take<C>(keys * dim), *vp = s.take<C>(keys * dim), *line = s.take<C>(BLOCK * dim);
     C *qs = s.take<C>(tiles.rows * dim), *p = s.take<C>(tiles.rows * BLOCK);
@@ -425,7 +434,7 @@ struct Backward {
   const float* lse;
 
   static constexpr int64_t BLOCK = BKEYS;
-  static int64_t chunk(int64_t tokens) { return std::max<int64_t>(512, round_up((tokens + 3) / 4, 128)); }
+  static int64_t chunk(int64_t tokens) { return std::max<int64_t>(BCHUNK, round_up((tokens + 3) / 4, 128)); }
   Tiling tiling() const { return Tiling(shape.group, BCOLS); }
 
   std::size_t bytes(int64_t tokens) const {
@@ -464,7 +473,7 @@ struct Backward {
   void run(const Task& task, float* partials) const {
     auto [rows_, heads, length, group, dim] = shape;
     Tiling tiles = tiling();
-    Scratch s = scratch(bytes(task.end));
+    Scratch s = scratch<0>(bytes(task.end));
     int64_t keys = round_up(task.end, BLOCK), ld = tiles.rows;
     C *ks = s.take<C>(keys * dim), *vs = s.take<C>(keys * dim), *kt = s.take<C>(keys * dim);
     C *qs = s.take<C>(ld * dim), *gs = s.take<C>(ld * dim), *qt = s.take<C>(ld * dim), *gt = s.take<C>(ld * dim);
@@ -613,8 +622,8 @@ void backward(Backward<T, C> work, const int32_t* documents, int64_t n) {
   std::vector<Task> parts;
   for (auto& t : tasks)
     if (t.partial >= 0) parts.push_back(t);
-  std::unique_ptr<float[]> partials(new float[floats]);
-  run_tasks(work, tasks, partials.get());
+  auto* partials = scratch<1>(floats * 4 + 64).template take<float>(floats);
+  run_tasks(work, tasks, partials);
   // Sum the chunks of a document in their order.
   std::vector<std::pair<int64_t, int64_t>> docs;
   for (std::size_t i = 0; i < parts.size();) {
@@ -634,7 +643,7 @@ void backward(Backward<T, C> work, const int32_t* documents, int64_t n) {
           F a{}, b{};
           for (int64_t c = i; c < j; c++)
             if (parts[c].end > t) {
-              float* base = partials.get() + parts[c].partial;
+              float* base = partials + parts[c].partial;
               a += load(base + t * dim + d);
               b += load(base + (round_up(parts[c].end, (Backward<T, C>::BLOCK)) + t) * dim + d);
             }

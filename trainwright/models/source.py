@@ -30,9 +30,9 @@ def locate(name: str) -> Source:
     Raises:
         InputError: there are none; says what is missing or what was tried.
     """
-    path = Path(os.path.expanduser(name))
+    path = os.path.expanduser(name)
     if os.path.exists(path):  # false, not an error, for what can't be a path at all
-        return local(path, name)
+        return local(Path(path), name)
     if name in PACKAGED:
         return packaged(name)
     if is_hub_name(name):

@@ -40,9 +40,9 @@ def load_tokenizer(source: Source | str) -> PreTrainedTokenizerFast:
 
 def locate_tokenizer(name: str) -> Source:
     """Where the tokenizer of that name is; unlike a model, its folder needs no weights, and none are downloaded."""
-    path = Path(os.path.expanduser(name))
-    if os.path.isdir(path) and has_vocabulary(path):
-        return Source("folder", path, name)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path) and has_vocabulary(Path(path)):
+        return Source("folder", Path(path), name)
     if not os.path.exists(path) and is_hub_name(name):
         return Source("folder", snapshot(name, TOKENIZER_FILES), name)
     return locate(name)
