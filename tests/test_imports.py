@@ -13,7 +13,7 @@ FILES = sorted(file.relative_to(ROOT) for file in ROOT.rglob("*.py") if file.nam
 
 TECHNIQUES = {"adapt", "memory", "parallel"}
 PARTS = {"models", "data", "losses", "metrics", "optim"}
-HELPERS = {"checkpoint", "tracking", "flops", "machine", "saving"}
+HELPERS = {"checkpoint", "tracking", "flops", "machine", "sampling", "saving"}
 BELOW_BUILD = {"recipe", "loop", *PARTS, *TECHNIQUES, *HELPERS}
 BELOW_VERBS = {*BELOW_BUILD, "build", "console", "runfolder"}
 # A module, or all modules of a folder -> what of ours it may import (a module, or all of a folder).
@@ -25,13 +25,14 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"recipe", "data"},
     **{name: {"recipe"} for name in ("losses", "metrics", "optim", "checkpoint", "tracking", "flops", "machine")},
     **{name: {"recipe", "models.contract", name} for name in TECHNIQUES},
+    "sampling": {"recipe", "models"},
     "saving": {"recipe", "models", "adapt"},
     "loop": {"recipe", "models.contract"},
     "console": {"recipe", "loop"},
     "runfolder": {"recipe", "loop", "checkpoint", "tracking", "saving"},
     "build": BELOW_BUILD,
     **dict.fromkeys(("fit", "generate", "inspect", "export"), BELOW_VERBS),
-    "cli": {"recipe", "fit", "generate", "inspect", "export"},
+    "cli": {"recipe", "fit", "generate", "inspect", "export", "sampling"},
     "__main__": {"recipe", "cli"},
 }
 HEAVY = {"torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers", "tensorboard"}

@@ -42,7 +42,7 @@ def _attempt(arguments: Sequence[str]) -> int:
         return _do(job) if isinstance(job, Job) else job
     except typer.TyperException as error:
         place = getattr(getattr(error, "ctx", None), "command_path", "trainwright")
-        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        message = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
         return _fail(WRONG_INPUT, f"{message}; see {place} --help", as_json)
     except KeyboardInterrupt as error:
         return _fail(INTERRUPTED, str(error) or "interrupted", as_json)

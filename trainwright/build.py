@@ -184,6 +184,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def load_model(recipe: Recipe) -> Built:
+    """The model of a recipe with its values, for use alone: nothing learns, everything is stored in the compute dtype."""
+    built = assemble_model(recipe, frozen=True)
+    materialise(built, recipe)
+    built.model.eval()
+    return built
+
+
 def materialise(built: Built, recipe: Recipe) -> None:
     """Give every parameter its values: the weights', the seed's for what they lack, those of an adapter to go on from."""
     model, device = built.model, built.device
@@ -206,7 +214,7 @@ def materialise(built: Built, recipe: Recipe) -> None:
 
 def compile_blocks(built: Built, recipe: Recipe) -> Change:
     """Compile the forward of each block; equal blocks share one graph. The module and its names stay."""
-    blocks = getattr(built.model, "blocks", list)()
+    blocks: list[nn.Module] = built.model.blocks() if isinstance(built.model, decoder.Decoder) else []
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or built.device.type == "cuda"
     if recipe.run.compile == "off" or not blocks or (recipe.run.compile == "auto" and not compiler):
         reason = "run.compile is off" if recipe.run.compile == "off" else "no C++ compiler found" if blocks else "no blocks"
@@ -228,7 +236,7 @@ def find_tokenizer(recipe: Recipe, source: pretrained.Source | None) -> PreTrain
 def text_objective(built: Built, recipe: Recipe) -> Callable[[Any], tuple[Tensor, int]]:
     """A text batch to its summed loss and the number of supervised tokens."""
     model, takes_documents = built.model, _takes_documents(built.model)
-    has_head = hasattr(model, "head_weight")
+    head_weight: Callable[[], Tensor] | None = getattr(model, "head_weight", None)
 
     def objective(batch: loader.TextBatch) -> tuple[Tensor, int]:
         batch = batch.to(built.device)
@@ -236,8 +244,8 @@ def text_objective(built: Built, recipe: Recipe) -> Callable[[Any], tuple[Tensor
         with precision.context(built.precision, built.device):
             inputs = (batch.tokens, batch.positions, batch.documents) if takes_documents else (batch.tokens,)
             out = model(*inputs)
-            if has_head:
-                return losses.token_cross_entropy(out, model.head_weight(), batch.labels, recipe.loss)
+            if head_weight is not None:
+                return losses.token_cross_entropy(out, head_weight(), batch.labels, recipe.loss)
             return losses.logits_cross_entropy(out, batch.labels, recipe.loss)
 
     return objective
@@ -257,7 +265,7 @@ def compute_dtype(built: Built) -> torch.dtype:
     return torch.bfloat16 if built.precision == "bf16" else torch.float32
 
 
-def _samples(built: Built, tokenizer: PreTrainedTokenizerFast, held_out: text.Documents | None) -> Callable[[int], list[Sample]]:
+def _samples(built: Built, tokenizer: PreTrainedTokenizerFast, held_out: packing.Documents | None) -> Callable[[int], list[Sample]]:
     """The likeliest answers to the first held-out prompts."""
 
     def sample(count: int) -> list[Sample]:
@@ -265,8 +273,8 @@ def _samples(built: Built, tokenizer: PreTrainedTokenizerFast, held_out: text.Do
         going_on = speaking(built, tokenizer)
         found = []
         for prompt, expected in held_out.prompts(count):
-            answer = going_on(prompt, Sampling(max_tokens=96, temperature=0.0))
-            found.append(Sample(*(tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (prompt, expected, answer))))
+            answer = list(going_on(prompt, Sampling(max_tokens=96, temperature=0.0)))
+            found.append(Sample(*(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, expected, answer))))
         return found
 
     return sample
@@ -284,7 +292,7 @@ def _check_packing(recipe: Recipe, model: nn.Module) -> None:
         )
 
 
-def _rows(recipe: Recipe, documents: text.Documents) -> list:
+def _rows(recipe: Recipe, documents: packing.Documents) -> list:
     if recipe.data.packing:
         return packing.pack(documents.lengths, recipe.data.sequence_length)
     return packing.one_per_row(documents.lengths)
@@ -300,7 +308,7 @@ def micro_batch_size(recipe: Recipe, device: torch.device) -> int:
 
 
 def _loader(
-    recipe: Recipe, documents: text.Documents, tokenizer: PreTrainedTokenizerFast, device: torch.device
+    recipe: Recipe, documents: packing.Documents, tokenizer: PreTrainedTokenizerFast, device: torch.device
 ) -> loader.Loader:
     return loader.Loader(
         documents,
@@ -319,7 +327,7 @@ def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def _held_out(
-    recipe: Recipe, documents: text.Documents | None, batches: loader.Loader
+    recipe: Recipe, documents: packing.Documents | None, batches: loader.Loader
 ) -> Callable[[], Iterable[loader.TextBatch]] | None:
     if documents is None:
         return None

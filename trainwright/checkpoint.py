@@ -58,7 +58,7 @@ def write(run_folder: Path, step: int, tensors: Mapping[str, Tensor], state: Map
     dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     if "__metadata__" in dense:
         raise ValueError("a tensor can't be called '__metadata__': the safetensors format reserves this name")
-    final = run_folder / "checkpoints" / f"step-{step:08d}"
+    final = path_of(run_folder, step)
     try:
         _prepare(final.parent)
         _write_and_publish(final, step, dense, state_text)
@@ -169,6 +169,11 @@ def newest_valid(run_folder: Path, warn: Callable[[str], None]) -> Loaded | None
     if folders:
         raise CheckpointError(f"every checkpoint in {folders[0].parent} is damaged; remove that folder to begin again")
     return None
+
+
+def path_of(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:

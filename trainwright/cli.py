@@ -123,9 +123,10 @@ def generate(
         _refuse_idle(greedy, {"temperature": temperature, "top-k": top_k, "top-p": top_p, "seed": seed})
         asked = _prompt(prompt, chat)
         from trainwright import generate as speech
+        from trainwright.sampling import Sampling
 
         chosen = 0.0 if greedy else 0.7 if temperature is None else temperature
-        sampling = speech.Sampling(max_tokens=max_tokens, temperature=chosen, top_k=top_k, top_p=top_p, seed=seed or 0)
+        sampling = Sampling(max_tokens=max_tokens, temperature=chosen, top_k=top_k, top_p=top_p, seed=seed or 0)
         return speech.main(
             target,
             prompt=asked,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections import deque
@@ -50,11 +51,20 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
         run = _assemble(recipe, display)
         session = _Session(recipe, folder, run, display, tracker, _peak(run))
         session.state = runfolder.restore(folder, run, display.say) if resume else {}
+        _check_best(session)
         session.state.setdefault("evaluations", {})
         tracker.truncate_after(run.step if session.state.get("step") else -1)
         _announce(session)
         _steps(session)
         return _finish(session)
+
+
+def _check_best(session: _Session) -> None:
+    """After a fall back to an older checkpoint, the best one that it remembers may be gone."""
+    best = session.state.get("best")
+    if best and not checkpoint.path_of(session.folder, best["step"]).is_dir():
+        session.display.say(f"the best weights (step {best['step']}) are gone; the best is looked for anew")
+        del session.state["best"]
 
 
 def _assemble(recipe: Recipe, display: Display) -> Run:
@@ -94,17 +104,20 @@ def _steps(session: _Session) -> None:
     with _stoppable() as stop:
         for result in loop.train(run):
             _report(session, result)
-            if recipe.evaluation.every and run.step % recipe.evaluation.every == 0 and run.step < run.steps:
-                _evaluate(session)
-            if recipe.checkpoint.every and run.step % recipe.checkpoint.every == 0 and run.step < run.steps:
-                _checkpoint(session)
-            if stop and run.step < run.steps:
-                path = _checkpoint(session)
+            if run.step == run.steps:
+                break
+            best = _due(run, recipe.evaluation.every) and _evaluate(session)
+            path = _checkpoint(session) if best or stop or _due(run, recipe.checkpoint.every) else None
+            if stop:
                 raise Interrupted(
                     f"stopped after step {run.step}, saved in {path}; to go on: "
                     f"trainwright train {session.folder / 'recipe.yaml'} --resume"
                 )
     session.display.__exit__()
+
+
+def _due(run: Run, every: int | None) -> bool:
+    return every is not None and run.step % every == 0
 
 
 @contextmanager
@@ -151,16 +164,17 @@ def _report(session: _Session, result: StepResult) -> None:
     )
 
 
-def _evaluate(session: _Session) -> None:
+def _evaluate(session: _Session) -> bool:
+    """Measure, tell and remember; True where these are the best weights so far."""
     run = session.run
     if run.held_out is None:
-        return
+        return False
     values = loop.evaluate(run)
     session.tracker.log(run.step, values, split="held_out")
     session.state["evaluations"][str(run.step)] = values
     shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
     session.display.say(f"held-out after step {run.step}: {shown}")
-    _keep_best(session, values)
+    return _is_best(session, values)
 
 
 def _samples(session: _Session) -> list[dict[str, str]]:
@@ -171,15 +185,16 @@ def _samples(session: _Session) -> list[dict[str, str]]:
         return [asdict(sample) for sample in run.samples(count)]
 
 
-def _keep_best(session: _Session, values: dict[str, float]) -> None:
+def _is_best(session: _Session, values: dict[str, float]) -> bool:
+    """Compare in the direction that the recipe states; a metric that isn't finite is never the best."""
     best, known = session.recipe.evaluation.best, session.state.get("best")
-    if best is None or session.run.step == 0:
-        return
+    if best is None or session.run.step == 0 or not math.isfinite(values[best.metric]):
+        return False
     value = values[best.metric]
     better = known is None or (value < known["value"] if best.direction == "minimize" else value > known["value"])
     if better:
         session.state["best"] = {"step": session.run.step, "value": value, "metric": best.metric}
-        _checkpoint(session)
+    return better
 
 
 def _checkpoint(session: _Session) -> Path:
@@ -197,7 +212,7 @@ def _finish(session: _Session) -> dict[str, Any]:
     _checkpoint(session)
     best = session.state.get("best")
     if best and best["step"] != run.step:
-        tensors, _ = checkpoint.read(folder / "checkpoints" / f"step-{best['step']:08d}")
+        tensors, _ = checkpoint.read(checkpoint.path_of(folder, best["step"]))
         runfolder.restore_weights(run, tensors)
         session.display.say(f"the final model is the best one: step {best['step']}, {best['metric']} {best['value']:.4f}")
     run.save(folder / runfolder.MODEL)

@@ -13,7 +13,7 @@ from trainwright import build, runfolder
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
 from trainwright.models.decoder import Decoder
-from trainwright.recipe import InputError, Model, Recipe, TextData
+from trainwright.recipe import InputError, Lora, Model, Partial, Recipe, TextData
 from trainwright.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def stream(speaker: Speaker, prompt: list[int], sampling: Sampling) -> Iterator[
     told = ""
     for token in speaker.tokens(prompt, sampling):
         seen.append(token)
-        text = speaker.tokenizer.decode(seen, skip_special_tokens=True)
+        text = str(speaker.tokenizer.decode(seen, skip_special_tokens=True))
         if not text.endswith("\ufffd"):
             yield text[len(told) :]
             told = text
-    yield speaker.tokenizer.decode(seen, skip_special_tokens=True)[len(told) :]
+    yield str(speaker.tokenizer.decode(seen, skip_special_tokens=True))[len(told) :]
 
 
 def encode(speaker: Speaker, messages: list[dict[str, str]], raw: bool) -> list[int]:
@@ -78,7 +78,7 @@ def _recipe(target: str, adapter: str | None) -> Recipe:
         return runfolder.finished(folder)
     data = TextData(source="python-docstrings", held_out=None)
     if (folder / "adapter_config.json").is_file():
-        section = lora.read_section(folder).model_copy(update={"start": str(folder)})
+        section: Lora | Partial = lora.read_section(folder).model_copy(update={"start": str(folder)})
         base = target if adapter else lora.base_of(folder)
     elif (folder / partial_tuning.FILE).is_file():
         section = partial_tuning.read_section(folder).model_copy(update={"start": str(folder)})
@@ -91,12 +91,11 @@ def _recipe(target: str, adapter: str | None) -> Recipe:
 
 
 def _speaker(recipe: Recipe, name: str) -> Speaker:
-    built = build.assemble_model(recipe, frozen=True)
-    build.materialise(built, recipe)
+    built = build.load_model(recipe)
     if not isinstance(built.model, Decoder):
         raise InputError(f"{name}: only decoders can generate; this is {recipe.model.architecture}")
     tokenizer = build.find_tokenizer(recipe, built.source)
-    return Speaker(name, built.model.eval(), tokenizer, build.speaking(built, tokenizer))
+    return Speaker(name, built.model, tokenizer, build.speaking(built, tokenizer))
 
 
 def main(

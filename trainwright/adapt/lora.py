@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -196,8 +195,8 @@ def load(model: nn.Module, folder: Path, base_hash: str | None = None) -> None:
     Raises:
         InputError: factors of other names or shapes, or an adapter made for another base.
     """
-    check_base(folder / "adapter_model.safetensors", base_hash)
     tensors, parameters = read_tensors(folder), dict(model.named_parameters())
+    check_base(folder / "adapter_model.safetensors", base_hash)
     wanted = {name for name in parameters if is_factor(name)}
     for name, value in tensors.items():
         if name not in wanted:
@@ -214,7 +213,7 @@ def load(model: nn.Module, folder: Path, base_hash: str | None = None) -> None:
 
 def check_base(path: Path, base_hash: str | None) -> None:
     """Refuse a file whose metadata names another base; PEFT's own files name none and pass."""
-    if base_hash is None or not os.path.isfile(path):
+    if base_hash is None:
         return
     with safe_open(path, "pt") as file:
         stored = (file.metadata() or {}).get("base_hash")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def match(patterns: Iterable[str], names: Iterable[str], what: str) -> list[str]
     return [name for name in known if name in chosen]
 
 
-def effective_weight(linear: nn.Module) -> Tensor:
+def effective_weight(linear: nn.Linear) -> Tensor:
     """The weight that the layer's product really uses, (out, in): an adapter may add to the stored one."""
-    adapted = getattr(linear, "effective_weight", None)
+    adapted: Callable[[], Tensor] | None = getattr(linear, "effective_weight", None)
     return adapted() if adapted is not None else linear.weight

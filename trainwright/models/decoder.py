@@ -240,6 +240,7 @@ class Decoder(nn.Module):
         positions = torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device).expand_as(tokens)
         cos, sin = self.config.rotary.tables(positions, self.config.head_dim)
         for layer, block in enumerate(self.model.layers):
+            assert isinstance(block, Block)
             x = block.extend(x, cos, sin, cache, layer)
         cache.length += tokens.shape[1]
         return self.model.norm(x)
