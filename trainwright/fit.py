@@ -53,7 +53,7 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
         session.state = runfolder.restore(folder, run, display.say) if resume else {}
         _check_best(session)
         session.state.setdefault("evaluations", {})
-        tracker.truncate_after(run.step if session.state.get("step") else -1)
+        tracker.truncate_after(run.step or -1)
         _announce(session)
         _steps(session)
         return _finish(session)

@@ -100,7 +100,7 @@ def capture(run: Run, extra: dict[str, Any]) -> tuple[dict[str, torch.Tensor], d
     tensors = {f"model.{name}": p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
     tensors |= {f"buffer.{name}": b for name, b in run.model.named_buffers()}
     states, skeleton = checkpoint.flatten(run.optimizer.state_dict(), "optimizer")
-    return {**tensors, **states}, {"step": run.step, "optimizer": skeleton, **extra}
+    return {**tensors, **states}, {"step": run.step, "optimizer": skeleton, "extra": extra}
 
 
 def save_checkpoint(folder: Path, run: Run, extra: dict[str, Any]) -> Path:
@@ -110,14 +110,15 @@ def save_checkpoint(folder: Path, run: Run, extra: dict[str, Any]) -> Path:
 
 
 def restore(folder: Path, run: Run, warn: Callable[[str], None]) -> dict[str, Any]:
-    """Set the run to its newest whole checkpoint; gives that checkpoint's state, empty if there is none."""
+    """Set the run to its newest whole checkpoint; gives what the caller had stored with it, empty if there is none."""
     loaded = checkpoint.newest_valid(folder, warn)
     if loaded is None:
         return {}
     restore_weights(run, loaded.tensors)
     run.optimizer.load_state_dict(checkpoint.unflatten(loaded.tensors, loaded.state["optimizer"]))
     run.step = loaded.state["step"]
-    return loaded.state
+    extra: dict[str, Any] = loaded.state["extra"]
+    return extra
 
 
 @torch.no_grad()

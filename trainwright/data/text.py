@@ -69,7 +69,7 @@ def prepare(
             f"set it to {model_length} or less"
         )
     encoder = Encoder(tokenizer, section.supervise == "all")
-    path = _cache_folder(section) / f"text-{_key(section, tokenizer, seed)}.npz"
+    path = _cache_folder(section) / f"text-{_key(section, encoder, seed)}.npz"
     splits = _load(path)
     if splits is None:
         splits = _make(section, encoder, seed, progress)
@@ -155,8 +155,7 @@ class Encoder:
 
     def _call(self, texts: list[str], **options: Any) -> Any:
         # verbose: a warning about the model's length would be wrong here, the documents are cut later.
-        plain = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-        return self.tokenizer(texts, **plain, **options)
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False, **options)
 
 
 def render(
@@ -239,9 +238,8 @@ def _cache_folder(section: TextData) -> Path:
     return folder
 
 
-def _key(section: TextData, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
+def _key(section: TextData, encoder: Encoder, seed: int) -> str:
     """Changes with everything that the result depends on: data, tokenizer, settings, and the code that makes it."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())
     settings = {"format", "fields", "supervise", "sequence_length", "too_long", "limit"}
     parts: dict[str, Any] = {
         "settings": section.model_dump(include=settings),
@@ -250,9 +248,9 @@ def _key(section: TextData, tokenizer: PreTrainedTokenizerFast, seed: int) -> st
             Path(str(name)).suffix for name in (section.source, section.held_out)
         ],  # what format: auto looks at
         "held_out": [section.held_out, seed],
-        # Padding and truncation are states that any earlier call may have left behind; they aren't used here.
-        "tokenizer": {name: part for name, part in model.items() if name not in ("padding", "truncation")},
-        "special": (tokenizer.chat_template, tokenizer.special_tokens_map),
+        # With the padding and truncation of the latest call, which is the encoder's: none.
+        "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
+        "special": (encoder.tokenizer.chat_template, encoder.tokenizer.special_tokens_map),
         "code": [Path(file).read_text() for file in (__file__, packing.__file__, sampler.__file__, sources.__file__)],
     }
     if isinstance(section.held_out, str):
