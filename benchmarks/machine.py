@@ -49,13 +49,10 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def square_product_rate(dtype: torch.dtype, repeats: int = 15) -> float:
-    """FLOP/s of an n x n by n x n product: the median over `SQUARE_SIZES`."""
-    rates = []
-    for size in SQUARE_SIZES:
-        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        rates.append(2 * size**3 / median_seconds(lambda: a @ b, repeats))
-    return statistics.median(rates)
+def square_product_rate(dtype: torch.dtype, size: int, repeats: int = 15) -> float:
+    """FLOP/s of a (size, size) by (size, size) product."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return 2 * size**3 / median_seconds(lambda: a @ b, repeats)
 
 
 def model_product_rate(dtype: torch.dtype, tokens: int = 1024, repeats: int = 9) -> float:
@@ -73,5 +70,8 @@ def model_product_rate(dtype: torch.dtype, tokens: int = 1024, repeats: int = 9)
 
 @torch.no_grad()
 def matrix_product_rate(dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of forward products in `dtype`: `square` matrices, and the `model_shapes` of SmolLM2-135M."""
-    return {"square": square_product_rate(dtype), "model_shapes": model_product_rate(dtype)}
+    """FLOP/s of forward products in `dtype`: the median of `square` ones, and the `model_shapes` of SmolLM2-135M."""
+    return {
+        "square": statistics.median(square_product_rate(dtype, size) for size in SQUARE_SIZES),
+        "model_shapes": model_product_rate(dtype),
+    }

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +54,24 @@ class Settings:
 
     weights: torch.dtype = torch.float32
     autocast: bool = True
+    adapter_fp32: bool = True  # PEFT's default: LoRA weights in fp32 whatever the base is in
     compile: bool = False
     attention: str = "sdpa"
-    adapter_fp32: bool = True
     sampling: str = "random"
     pad_to_multiple_of: int | None = None
 
 
+USUAL = Settings()
+PURE_BF16 = Settings(weights=torch.bfloat16, autocast=False, adapter_fp32=False)
+
 SETTINGS = {
-    ("dense", "usual"): Settings(sampling="sequential"),
-    ("dense", "best"): Settings(torch.bfloat16, False, True, "eager", sampling="sequential"),
-    ("ragged", "usual"): Settings(),
-    ("ragged", "best"): Settings(torch.bfloat16, False, False, "sdpa", sampling="group_by_length"),
-    ("full", "usual"): Settings(sampling="sequential"),
-    ("full", "best"): Settings(torch.bfloat16, False, True, "eager", sampling="sequential"),
-    ("full", "master"): Settings(autocast=True, compile=True, attention="eager", sampling="sequential"),
+    ("dense", "usual"): replace(USUAL, sampling="sequential"),
+    ("dense", "best"): replace(PURE_BF16, compile=True, attention="eager", sampling="sequential"),
+    ("ragged", "usual"): USUAL,
+    ("ragged", "best"): replace(PURE_BF16, sampling="group_by_length"),
+    ("full", "usual"): replace(USUAL, sampling="sequential"),
+    ("full", "master"): replace(USUAL, compile=True, attention="eager", sampling="sequential"),
+    ("full", "best"): replace(PURE_BF16, compile=True, attention="eager", sampling="sequential"),
 }
 
 
@@ -81,8 +84,8 @@ def write_base(folder: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(
         source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    # transformers refuses to save what it takes for a quantized model; the weights are plain by now.
-    model.hf_quantizer = None
+    # NOTE: transformers refuses to save what came from a GGUF, though the weights are plain by now.
+    del model.hf_quantizer
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         unfinished = Path(scratch, folder.name)
         model.save_pretrained(unfinished)
@@ -127,43 +130,51 @@ def ragged_examples(data: dict[str, np.ndarray]) -> list[dict[str, list[int]]]:
     return examples
 
 
-class Measured(Trainer):
-    """Trainer that also notes each micro-batch's loss and counts; without accumulation that is each optimizer step."""
+@dataclass
+class Notes:
+    """What a run writes down, one entry an optimizer step."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.losses: list[float] = []
-        self.examples: list[int] = []
-        self.tokens: list[int] = []
-        self.supervised: list[int] = []
+    losses: list[float] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    supervised: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+class NotedTrainer(Trainer):
+    """Notes the loss and the counts of each micro-batch; without accumulation, that is of each optimizer step."""
+
+    def __init__(self, notes: Notes, **options: Any) -> None:
+        super().__init__(**options)
+        self.notes = notes
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
-        self.examples.append(len(inputs["input_ids"]))
-        self.tokens.append(int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()))
-        self.supervised.append(int((inputs["labels"][:, 1:] != IGNORED).sum()))
+        ids = inputs["input_ids"]
+        self.notes.examples.append(len(ids))
+        self.notes.tokens.append(int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else ids.numel())
+        self.notes.supervised.append(int((inputs["labels"][:, 1:] != IGNORED).sum()))
         loss = super().training_step(model, inputs, *rest)
-        self.losses.append(loss.item())
+        self.notes.losses.append(loss.item())
         return loss
 
 
 class StepClock(TrainerCallback):
-    """Wall seconds of each optimizer step: forward, backward, clipping and update; not the fetching of the batch."""
+    """Notes wall seconds of each optimizer step: forward, backward, clipping, update; not the fetching of the batch."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+        self.start = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.start = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
+        self.notes.seconds.append(time.perf_counter() - self.start)
 
 
 def load_model(base: Path, case: str, settings: Settings) -> torch.nn.Module:
     """The pretrained model, with LoRA on all linear layers but the head unless all weights train."""
-    model = LlamaForCausalLM.from_pretrained(
-        base, dtype=settings.weights, attn_implementation=settings.attention
-    )
+    model = LlamaForCausalLM.from_pretrained(base, dtype=settings.weights, attn_implementation=settings.attention)
     if case == "full":
         return model
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM")
@@ -194,39 +205,44 @@ def training_arguments(settings: Settings, micro_batch: int, steps: int, output:
     )
 
 
-def train(case: str, settings: Settings, base: Path, data: dict[str, np.ndarray], options: argparse.Namespace) -> Measured:
-    """Trains for `options.steps` optimizer steps; the trainer returned holds what was noted."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=settings.pad_to_multiple_of)
-    trainer = Measured(
-        model=load_model(base, case, settings),
-        args=training_arguments(settings, options.micro_batch, options.steps, options.work / "peer"),
-        train_dataset=ragged_examples(data) if case == "ragged" else dense_examples(data),
-        data_collator=collator if case == "ragged" else default_data_collator,
+def train(settings: Settings, base: Path, data: dict[str, np.ndarray], options: argparse.Namespace) -> Notes:
+    """Trains for `options.steps` optimizer steps."""
+    ragged = options.case == "ragged"
+    padding = DataCollatorForSeq2Seq(
+        AutoTokenizer.from_pretrained(base), pad_to_multiple_of=settings.pad_to_multiple_of
     )
-    trainer.clock = StepClock()
-    trainer.add_callback(trainer.clock)
-    trainer.train()
-    return trainer
+    notes = Notes()
+    NotedTrainer(
+        notes,
+        model=load_model(base, options.case, settings),
+        args=training_arguments(settings, options.micro_batch, options.steps, options.work / "peer"),
+        train_dataset=ragged_examples(data) if ragged else dense_examples(data),
+        # Dense rows get no attention mask: without one, SDPA and eager attention take their faster way.
+        data_collator=padding if ragged else default_data_collator,
+        callbacks=[StepClock(notes)],
+    ).train()
+    return notes
 
 
-def summary(trainer: Measured, warmup: int, memory_before: int) -> dict[str, Any]:
-    """Rates and counts over the steps after the first `warmup`; tokens include prompts and exclude padding."""
-    seconds = trainer.clock.seconds
-    timed = sum(seconds[warmup:])
+def summary(notes: Notes, warmup: int, memory_before: int) -> dict[str, Any]:
+    """The answer. Rates and `supervised_tokens` cover the steps after the first `warmup`.
+
+    Tokens include prompts, not padding. Memory is the highest resident memory since the imports, less that after them.
+    """
+    seconds = sum(notes.seconds[warmup:])
     return {
-        "tokens_per_second": sum(trainer.tokens[warmup:]) / timed,
-        "examples_per_second": sum(trainer.examples[warmup:]) / timed,
-        "supervised_tokens": sum(trainer.supervised[warmup:]),
-        "losses": trainer.losses,
+        "tokens_per_second": sum(notes.tokens[warmup:]) / seconds,
+        "examples_per_second": sum(notes.examples[warmup:]) / seconds,
+        "supervised_tokens": sum(notes.supervised[warmup:]),
+        "losses": notes.losses,
         "memory_growth_bytes": peak_resident_bytes() - memory_before,
-        "seconds_per_step": seconds,
-        "first_step_seconds": seconds[0],
+        "seconds_per_step": notes.seconds,
+        "first_step_seconds": notes.seconds[0],
     }
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Hugging Face Trainer + PEFT on SmolLM2-135M: one JSON document on stdout")
+    parser = argparse.ArgumentParser(description="Hugging Face Trainer + PEFT on SmolLM2-135M: one JSON on stdout")
     parser.add_argument("--case", choices=["dense", "ragged", "full"], required=True)
     parser.add_argument("--variant", choices=["best", "usual", "master"], required=True)
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps, warm-up included")
@@ -243,16 +259,23 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
+def read_data(options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The arrays of the data file, or random ones for as many examples as the run needs."""
+    if options.data is None:
+        return random_data(options.case, options.steps * options.micro_batch)
+    with np.load(options.data) as arrays:
+        return dict(arrays)
+
+
 def main() -> None:
+    memory_before = resident_bytes()
     options = parse_options()
     # The libraries and the compiler's children print where they like: only the answer goes to stdout.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    memory_before = resident_bytes()
     base = prepare_base(options.work / "base")
-    data = dict(np.load(options.data)) if options.data else random_data(options.case, options.steps * options.micro_batch)
-    trainer = train(options.case, SETTINGS[options.case, options.variant], base, data, options)
-    print(json.dumps(summary(trainer, options.warmup, memory_before)), file=answer, flush=True)
+    notes = train(SETTINGS[options.case, options.variant], base, read_data(options), options)
+    print(json.dumps(summary(notes, options.warmup, memory_before)), file=answer, flush=True)
 
 
 if __name__ == "__main__":

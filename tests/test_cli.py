@@ -208,7 +208,8 @@ def test_generate_reads_stdin(fake: Fake, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_inspect_takes_a_recipe_or_a_run(finished: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = "model.options={hidden_size: 8, intermediate_size: 8, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 9}"
+    sizes = "hidden_size: 8, intermediate_size: 8, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 9"
+    options = f"model.options={{{sizes}}}"
     shown = []
     for target in (recipe, finished):
         assert run(["inspect", target, options]) == 0

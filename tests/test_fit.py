@@ -34,7 +34,11 @@ def bits(folder, method="full"):
     """Everything that must be the same: final weights, last checkpoint, metrics without the times."""
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     lines = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")]
-    return load_file(folder / "model" / FILES.get(method, FILES["full"])), load_file(checkpoints[-1] / "tensors.safetensors"), lines
+    return (
+        load_file(folder / "model" / FILES.get(method, FILES["full"])),
+        load_file(checkpoints[-1] / "tensors.safetensors"),
+        lines,
+    )
 
 
 def assert_same_bits(left, right):
@@ -73,7 +77,9 @@ def test_the_loss_falls_and_the_folder_is_whole(tmp_path, method):
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if "split" not in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
-    assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "seconds"} < set(steps[0])
+    assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "seconds"} < set(
+        steps[0]
+    )
     assert [line["step"] for line in lines if line.get("split") == "held_out"] == [0, 12]
     again = fit.evaluate(folder, quiet=True)["held_out"]
     assert again["loss"] == pytest.approx(result["held_out"]["after"]["loss"], rel=1e-6)
@@ -94,7 +100,13 @@ def test_transformers_loads_the_final_model(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_stopping_anywhere_and_resuming_gives_the_same_bits(tmp_path, method):
     """10 batches an epoch: step 5 lies in its middle, 10 at its end; stopped at both, then resumed to step 14."""
-    common = {**METHODS[method], "data__packing": False, "data__held_out": 0.1, "checkpoint__every": 5, "training__steps": 14}
+    common = {
+        **METHODS[method],
+        "data__packing": False,
+        "data__held_out": 0.1,
+        "checkpoint__every": 5,
+        "training__steps": 14,
+    }
     whole = tiny.recipe(tmp_path, **common, run__folder=str(tmp_path / "whole"))
     fit.train(whole, quiet=True)
     parts = tiny.recipe(tmp_path, **common, run__folder=str(tmp_path / "parts"))
@@ -180,7 +192,9 @@ def test_best_goes_by_the_stated_direction(tmp_path, direction, best):
     result = fit.train(recipe, quiet=True)
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line.get("split") and line["step"]]
     assert result["best"]["value"] == best(line["loss"] for line in lines)
-    assert fit.evaluate(tmp_path / "run", quiet=True)["held_out"]["loss"] == pytest.approx(result["best"]["value"], rel=1e-6)
+    assert fit.evaluate(tmp_path / "run", quiet=True)["held_out"]["loss"] == pytest.approx(
+        result["best"]["value"], rel=1e-6
+    )
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 2
 
 

@@ -119,6 +119,11 @@ def test_what_differs_is_not_folded() -> None:
     ]  # fmt: skip
 
 
+def test_dtypes_of_the_same_size_are_not_folded() -> None:
+    layers = nn.ModuleList([nn.Linear(4, 4).half(), nn.Linear(4, 4).bfloat16()])
+    assert [(row.name, row.dtype) for row in fold(table(layers))] == [("0", "float16"), ("1", "bfloat16")]
+
+
 def test_numbers_with_gaps_are_not_folded() -> None:
     rows = [Layer(f"blocks.{number}", "Linear", 4, 4, 16, "float32") for number in (0, 1, 3, 4)]
     assert [row.name for row in fold(rows)] == ["blocks.0-1", "blocks.3-4"]

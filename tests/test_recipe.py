@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trainwright import recipe_yaml
@@ -29,6 +29,11 @@ def faults(mapping: dict[str, Any]) -> list[str]:
         parse(mapping, "r.yaml")
     lines = str(caught.value).splitlines()
     return [line.strip() for line in lines[1:]] if len(lines) > 1 else [lines[0].removeprefix("r.yaml: ")]
+
+
+def numbered(items: list[str]) -> dict[str, str]:
+    """The items under keys of their own."""
+    return {f"item{number}": item for number, item in enumerate(items)}
 
 
 def fault(mapping: dict[str, Any]) -> str:
@@ -127,7 +132,8 @@ def test_repeated_keys_are_all_told_with_their_lines() -> None:
 
 
 def test_a_merged_key_is_not_a_repeated_one() -> None:
-    assert recipe_yaml.read("x: &x {a: 1, b: 2}\ny: {<<: *x, a: 3}", "f")["y"] == {"a": 3, "b": 2}
+    text = "x: &x {a: 1, b: 2}\nz: &z {c: 4}\ny: {<<: *x, <<: *z, a: 3}"
+    assert recipe_yaml.read(text, "f")["y"] == {"a": 3, "b": 2, "c": 4}
 
 
 @given(st.text(alphabet="ab1.e-_:[]{}*&!<'\"#,|>%@?~ \n\t\\"))
@@ -480,7 +486,29 @@ mappings = st.fixed_dictionaries(
 )
 
 
+# Text that a reader would take for something else, and values that JSON has no word for.
+PITFALLS = [
+    "1e-4",
+    "10_000",
+    "off",
+    "010",
+    "12:30",
+    "null",
+    "~",
+    "",
+    "<<",
+    "a\x85b",
+    "\u2028",
+    "\ufeff",
+    "- a",
+    "#",
+    " ",
+]
+
+
 @given(mappings)
+@example({"data": DATA, "model": {"options": numbered(PITFALLS)}})
+@example({"data": DATA, "model": {"options": {text: float("inf") for text in PITFALLS}}})
 @settings(max_examples=120, deadline=None)
 def test_what_is_written_reads_as_the_same_recipe(mapping: dict[str, Any]) -> None:
     recipe = parse(mapping)

@@ -23,7 +23,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([" ".join(WORDS)] * 3, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
@@ -57,7 +59,12 @@ def recipe(tmp: Path, **changes) -> Recipe:
     """A recipe for the tiny model on CPU in float32, uncompiled; changes are dotted keys with __ for the dot."""
     mapping: dict = {
         "model": {"pretrained": str(tmp / "base")},
-        "data": {"source": str(tmp / "pairs.jsonl"), "sequence_length": 64, "cache": str(tmp / "cache"), "held_out": 0.1},
+        "data": {
+            "source": str(tmp / "pairs.jsonl"),
+            "sequence_length": 64,
+            "cache": str(tmp / "cache"),
+            "held_out": 0.1,
+        },
         "optimizer": {"learning_rate": 1e-2},
         "schedule": {"name": "linear", "warmup": 0},
         "precision": "fp32",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import logging
 import os
 import shutil
 import sys
@@ -212,16 +213,24 @@ def materialise(built: Built, recipe: Recipe) -> None:
         load(model, Path(start), pretrained.fingerprint(built.source) if built.source else None)
 
 
+def compiles(recipe: Recipe, device: torch.device) -> bool:
+    """Whether this run compiles: as it says, or where a compiler is found."""
+    if recipe.run.compile == "auto":
+        return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+    return recipe.run.compile == "on"
+
+
 def compile_blocks(built: Built, recipe: Recipe) -> Change:
     """Compile the forward of each block; equal blocks share one graph. The module and its names stay."""
-    blocks: list[nn.Module] = built.model.blocks() if isinstance(built.model, decoder.Decoder) else []
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or built.device.type == "cuda"
-    if recipe.run.compile == "off" or not blocks or (recipe.run.compile == "auto" and not compiler):
-        reason = "run.compile is off" if recipe.run.compile == "off" else "no C++ compiler found" if blocks else "no blocks"
+    if not compiles(recipe, built.device):
+        reason = "no C++ compiler found" if recipe.run.compile == "auto" else "run.compile is off"
         return Change("compile", f"not compiled: {reason}")
+    blocks = built.model.blocks() if isinstance(built.model, decoder.Decoder) else [built.model]
+    # torch warns of a CUDA toolkit without a GPU, which is no news to who trains on the CPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for block in blocks:
         block.forward = torch.compile(block.forward)
-    return Change("compile", f"{len(blocks)} blocks compiled as one graph")
+    return Change("compile", f"{len(blocks)} block{'s' * (len(blocks) > 1)} compiled; equal ones share one graph")
 
 
 def find_tokenizer(recipe: Recipe, source: pretrained.Source | None) -> PreTrainedTokenizerFast:
@@ -236,6 +245,7 @@ def find_tokenizer(recipe: Recipe, source: pretrained.Source | None) -> PreTrain
 def text_objective(built: Built, recipe: Recipe) -> Callable[[Any], tuple[Tensor, int]]:
     """A text batch to its summed loss and the number of supervised tokens."""
     model, takes_documents = built.model, _takes_documents(built.model)
+    split = torch.compile(losses.split_softmax, dynamic=True) if compiles(recipe, built.device) else losses.split_softmax
     head_weight: Callable[[], Tensor] | None = getattr(model, "head_weight", None)
 
     def objective(batch: loader.TextBatch) -> tuple[Tensor, int]:
@@ -245,7 +255,7 @@ def text_objective(built: Built, recipe: Recipe) -> Callable[[Any], tuple[Tensor
             inputs = (batch.tokens, batch.positions, batch.documents) if takes_documents else (batch.tokens,)
             out = model(*inputs)
             if head_weight is not None:
-                return losses.token_cross_entropy(out, head_weight(), batch.labels, recipe.loss)
+                return losses.token_cross_entropy(out, head_weight(), batch.labels, recipe.loss, split)
             return losses.logits_cross_entropy(out, batch.labels, recipe.loss)
 
     return objective

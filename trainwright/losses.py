@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +14,19 @@ from trainwright.recipe import Loss
 CHUNK = 256  # rows of logits that exist at once: 256 x 49,152 in float32 is 50 MB
 
 
-def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, section: Loss) -> tuple[Tensor, int]:
+Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, section: Loss, split: Split | None = None
+) -> tuple[Tensor, int]:
     """Cross-entropy of the next token, its logits made a chunk at a time and only where a label is.
 
     Args:
         hidden: (rows, length, size), the states after the last norm.
         weight: (vocabulary, size), the head; its gradient is accumulated in float32.
         labels: (rows, length) int64; -100 where nothing is predicted.
+        split: ``split_softmax``, or the same compiled.
 
     Returns:
         The sum over the supervised positions (0-dim float32, differentiable in hidden and weight) and their number.
@@ -27,8 +34,10 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, section:
     supervised = labels.flatten().ne(-100).nonzero().squeeze(1)
     rows = hidden.flatten(0, -2).index_select(0, supervised)
     targets = labels.flatten().index_select(0, supervised)
-    options = (section.label_smoothing, section.z_loss)
-    return _ChunkedCrossEntropy.apply(rows, weight, targets, options), len(supervised)
+    total = _ChunkedCrossEntropy.apply(
+        rows, weight, targets, section.label_smoothing, section.z_loss, split or split_softmax
+    )
+    return total, len(supervised)
 
 
 def logits_cross_entropy(logits: Tensor, labels: Tensor, section: Loss) -> tuple[Tensor, int]:
@@ -44,56 +53,63 @@ def logits_cross_entropy(logits: Tensor, labels: Tensor, section: Loss) -> tuple
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradients are made in the forward, while a chunk's logits are at hand; the backward only scales them."""
+    """The gradients are made in the forward, while a chunk's logits are at hand; the backward only scales them.
+
+    With E = exp(logits - max), s its row sums, L = logsumexp, a = (1 + 2 z L) / s and e the label smoothing over V classes,
+
+        loss of a row  = L - (1 - e) logit[target] - e mean(logits) + z L^2
+        d loss/d rows  = a (E W) - (1 - e) W[target] - e mean(W)
+        d loss/d W     = E' (a rows) - (1 - e) rows at the targets - e / V sum(rows)
+
+    so that the softmax is never divided out nor the target subtracted over the whole vocabulary: that is left to small tensors.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, options: tuple[float, float]) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, smoothing: float, z_loss: float, split: Split
+    ) -> Tensor:
         need_rows, need_weight = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(rows.dtype, torch.float32)
         head = weight.to(rows.dtype)
-        total = torch.zeros((), dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+        mean_head = head.to(wide).mean(0) if smoothing else None
+        total = torch.zeros((), dtype=wide, device=rows.device)
         d_rows = torch.empty_like(rows) if need_rows else None
-        d_head = torch.zeros_like(weight) if need_weight else None
+        d_head = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
+            part = slice(start, start + CHUNK)
+            chunk, target = rows[part], targets[part]
             logits = chunk @ head.T
-            loss, d_logits = loss_and_gradient(logits, targets[start : start + CHUNK], *options)
-            total += loss
+            lse, exps, sums = split(logits)
+            picked = logits.gather(1, target[:, None]).squeeze(1).to(wide)
+            total += (lse - (1 - smoothing) * picked + z_loss * lse.square()).sum()
+            factor = ((1 + 2 * z_loss * lse) / sums)[:, None]
+            if mean_head is not None:
+                total -= smoothing * (chunk.to(wide) @ mean_head).sum()
             if d_rows is not None:
-                torch.mm(d_logits, head, out=d_rows[start : start + CHUNK])
+                gradient = factor * (exps @ head).to(wide) - (1 - smoothing) * head[target].to(wide)
+                d_rows[part] = gradient if mean_head is None else gradient - smoothing * mean_head
             if d_head is not None:
-                d_head += d_logits.T @ chunk
-        ctx.save_for_backward(*(g for g in (d_rows, d_head) if g is not None))
-        ctx.need = (need_rows, need_weight)
+                d_head += exps.T @ (factor * chunk).to(rows.dtype)
+                d_head.index_add_(0, target, chunk.to(wide), alpha=smoothing - 1)
+                if mean_head is not None:
+                    d_head -= smoothing / len(head) * chunk.to(wide).sum(0)
+        ctx.save_for_backward(d_rows, d_head)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        saved = list(ctx.saved_tensors)
-        d_rows = saved.pop(0) if ctx.need[0] else None
-        d_head = saved.pop(0) if ctx.need[1] else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        d_rows, d_head = ctx.saved_tensors
         scale = grads[0]
-        return (
-            None if d_rows is None else d_rows * scale.to(d_rows.dtype),
-            None if d_head is None else d_head * scale.to(d_head.dtype),
-            None,
-            None,
-        )
+        rows = None if d_rows is None else d_rows * scale.to(d_rows.dtype)
+        head = None if d_head is None else (d_head * scale).to(ctx.weight_dtype)
+        return rows, head, None, None, None, None
 
 
-def loss_and_gradient(logits: Tensor, targets: Tensor, smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Summed loss and its gradient in the logits (rows, vocabulary), given in the logits' dtype.
-
-    With p = softmax(logits) and L = logsumexp(logits), the loss of a row is
-    L - (1 - smoothing) * logit[target] - smoothing * mean(logits) + z_loss * L^2.
-    """
+def split_softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logsumexp (rows,), exp(logits - max) (rows, classes) in the logits' dtype, and its sums (rows,); the sums are wide."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    lse = wide.logsumexp(-1)
-    picked = wide.gather(1, targets[:, None]).squeeze(1)
-    loss = lse - (1 - smoothing) * picked + z_loss * lse.square()
-    gradient = (wide - lse[:, None]).exp() * (1 + 2 * z_loss * lse)[:, None]
-    if smoothing:
-        loss = loss - smoothing * wide.mean(-1)
-        gradient = gradient - smoothing / logits.shape[1]
-    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    gradient = torch.where(is_target, gradient - (1 - smoothing), gradient)
-    return loss.sum(), gradient.to(logits.dtype)
+    largest = wide.amax(-1, keepdim=True)
+    exps = (wide - largest).exp()
+    sums = exps.sum(-1)
+    return largest.squeeze(-1) + sums.log(), exps.to(logits.dtype), sums

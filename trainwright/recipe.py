@@ -123,10 +123,7 @@ class TextData(Section):
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] | str | None = Field(
         0.05, description="fraction of the documents, or a file, that is never trained on"
     )
-    limit: Positive | None = Field(None, description="use at most so many documents")
-    workers: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="processes that tokenise; default: one a core"
-    )
+    limit: Positive | None = Field(None, description="use at most so many documents of each source")
     cache: str | None = Field(None, description="folder of tokenised data; default ~/.cache/trainwright")
 
 

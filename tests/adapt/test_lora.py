@@ -62,7 +62,9 @@ def test_we_load_pefts_adapter_and_learn_the_same(tmp_path, tokens, targets, rsl
     shake(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     section = lora.read_section(tmp_path / "adapter")
-    recipe = tiny.recipe(tmp_path).model_copy(update={"adapt": section.model_copy(update={"start": str(tmp_path / "adapter")})})
+    recipe = tiny.recipe(tmp_path).model_copy(
+        update={"adapt": section.model_copy(update={"start": str(tmp_path / "adapter")})}
+    )
     run = build.assemble(recipe)
     mine = logits(run.model, tokens)
     other = theirs(tokens).logits
@@ -155,7 +157,10 @@ def test_another_base_is_refused(tmp_path):
     build.assemble(recipe).save(tmp_path / "adapter")
     tiny.model(tmp_path / "other", seed=1)
     other = tiny.recipe(
-        tmp_path, model__pretrained=str(tmp_path / "other"), adapt__method="lora", adapt__start=str(tmp_path / "adapter")
+        tmp_path,
+        model__pretrained=str(tmp_path / "other"),
+        adapt__method="lora",
+        adapt__start=str(tmp_path / "adapter"),
     )
     with pytest.raises(InputError, match="another base"):
         build.assemble(other)

@@ -27,7 +27,9 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("adapt", [{}, {"adapt__method": "lora"}, {"adapt__method": "partial", "adapt__train": ["*norm*"]}])
+@pytest.mark.parametrize(
+    "adapt", [{}, {"adapt__method": "lora"}, {"adapt__method": "partial", "adapt__train": ["*norm*"]}]
+)
 def test_eight_times_one_is_one_times_eight(tmp_path, smoothing, adapt):
     common = {"loss__label_smoothing": smoothing, "training__batch_size": 8, "data__packing": False, **adapt}
     whole = build.assemble(tiny.recipe(tmp_path, **common, training__micro_batch_size=8))
@@ -43,7 +45,9 @@ def test_eight_times_one_is_one_times_eight(tmp_path, smoothing, adapt):
 
 
 def test_last_window_of_an_epoch_is_divided_by_its_own_count(tmp_path):
-    recipe = tiny.recipe(tmp_path, data__packing=False, data__held_out=None, training__batch_size=32, training__micro_batch_size=4)
+    recipe = tiny.recipe(
+        tmp_path, data__packing=False, data__held_out=None, training__batch_size=32, training__micro_batch_size=4
+    )
     run = build.assemble(recipe)  # 40 rows: a step of eight micro-batches, then one of two
     assert [len(run.batch(step)) for step in (0, 1, 2, 3)] == [8, 2, 8, 2]
     last = run.batch(1)
@@ -69,7 +73,9 @@ def test_packed_documents_give_the_gradients_of_separate_ones(tmp_path, tied):
     lengths = rng.integers(2, 40, size=11)
     total = int(lengths.sum())
     documents = Documents(
-        rng.integers(3, 320, size=total).astype(np.int32), rng.random(total) < 0.6, np.concatenate([[0], np.cumsum(lengths)])
+        rng.integers(3, 320, size=total).astype(np.int32),
+        rng.random(total) < 0.6,
+        np.concatenate([[0], np.cumsum(lengths)]),
     )
     rows = pack(documents.lengths, 64)
     packed = [collate(documents, rows, 64, len(rows), 0)]

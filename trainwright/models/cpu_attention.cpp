@@ -1,16 +1,16 @@
 // Exact causal attention inside packed documents for the CPU, forward and backward, after FlashAttention-2 (Dao 2023).
 //
-// A task is a chunk of queries of one document and one key/value head. It packs the keys and values that it sees once, then
-// goes through them by tiles; the query heads of a group are folded into the rows of one product. The cut into tasks does
-// not depend on the number of threads, and sums across tasks have a fixed order, so neither do the bits of the result.
+// A task is a chunk of queries of one document and one key/value head. It packs the keys and values that it sees once,
+// then goes through them by tiles; the query heads of a group are folded into the rows of one product. The cut into
+// tasks does not depend on the number of threads, and sums across tasks have a fixed order, so neither do the bits.
 //
-// The products are ATen's brgemm, C[M][N] (+)= A[M][K] B[K][N] into float, which picks AMX, AVX-512 or AVX2. For bfloat16 the
-// rows of B are interleaved in pairs, [K/2][N][2]. It compiles one kernel for each shape and strides on each thread, so all
-// strides are constants of the head dimension and the group, and all sizes are multiples of a few dozen.
+// The products are ATen's brgemm, C[M][N] (+)= A[M][K] B[K][N] into float, which picks AMX, AVX-512 or AVX2. For
+// bfloat16 the rows of B are interleaved in pairs, [K/2][N][2]. It compiles one kernel for each shape and strides on
+// each thread: so strides are constants of the head dimension and the group, and sizes multiples of a few dozen.
 //
-// The forward keeps scores as [queries][keys]. The backward keeps them transposed, [keys][queries]: so the probabilities and
-// their gradients are the left operands of dV = P^T dO and dK = dS^T Q as they are, and dS^T with its rows interleaved is the
-// right one of dQ^T = K^T dS^T. Only operands of size tokens x head_dim are ever transposed.
+// The forward keeps scores as [queries][keys]. The backward keeps them transposed, [keys][queries]: so the
+// probabilities and their gradients are the left operands of dV = P^T dO and dK = dS^T Q as they are, and dS^T with its
+// rows interleaved is the right one of dQ^T = K^T dS^T. Only operands of tokens x head_dim are ever transposed.
 
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -304,10 +304,10 @@ Scratch scratch(std::size_t bytes) {
   return {memory.get()};
 }
 
-constexpr int64_t KEYS = 32; // keys and tiles are multiples of so many tokens
-constexpr int64_t SLACK = 1 << 12; // for the alignment of a task's buffers
+constexpr int64_t KEYS = 32;       // keys and tiles are multiples of so many tokens
+constexpr int64_t SLACK = 1 << 12; // bytes for the alignment of a task's buffers
 
-// Queries go by tiles of `tile` tokens, which are about `target` rows of a product; the last is cut to a multiple of `unit`.
+// Queries go by tiles of `tile` tokens, about `target` rows of a product; the last is cut to a multiple of `unit`.
 struct Tiling {
   int64_t tile = KEYS, unit = 16, rows;
   Tiling(int64_t group, int64_t target) {
@@ -327,7 +327,7 @@ struct Forward {
   View<T> out;
   float* lse; // (rows, heads, length, group): the base-2 logarithm of sum(exp(scores))
 
-  static constexpr int64_t BLOCK = 256; // keys at a time: a multiple of every tile, so that each query has a key in each
+  static constexpr int64_t BLOCK = 256; // keys at a time; tiles divide it, so every query has a key in each block
 
   Tiling tiles() const { return Tiling(shape.group, 96); }
   int64_t chunk(int64_t) const { return 256; }
@@ -371,7 +371,7 @@ struct Forward {
     }
   }
 
-  // One query's scores -> unnormalised probabilities, with zeros behind the `seen` keys. Updates the row's greatest score and
+  // One query's scores -> unnormalised probabilities, with zeros behind the `seen` keys. Updates its greatest score and
   // its sum relative to that, and returns the factor for what was summed relative to the old one.
   static float softmax(const float* s, int64_t seen, int64_t n, float factor, float& top, float& total, C* p) {
     const int64_t whole = seen / W * W;
@@ -409,7 +409,8 @@ struct Forward {
     return kept;
   }
 
-  void write(const Task& task, int64_t begin, int64_t end, const float* acc, const float* top, const float* total) const {
+  void write(const Task& task, int64_t begin, int64_t end, const float* acc, const float* top,
+             const float* total) const {
     float* l = lse + ((task.row * shape.heads + task.head) * shape.length + task.first + begin) * shape.group;
     int64_t r = 0;
     for (int64_t t = begin; t < end; t++)
@@ -486,14 +487,17 @@ struct Backward {
     }
   }
 
-  // Keys b.. b + m (left) times the queries from `begin` on (right, n columns) -> c[m][n], without what lies in the future.
-  void transposed_scores(const C* left, const C* right, int64_t b, int64_t m, int64_t begin, int64_t n, float* c) const {
+  // Keys from b on (left, m rows) times queries from `begin` on (right, n columns) -> c[m][n]; most of what lies in the
+  // future is left out.
+  void transposed_scores(const C* left, const C* right, int64_t b, int64_t m, int64_t begin, int64_t n,
+                         float* c) const {
     const auto [_, unit, ld] = tiles();
     const int64_t past = std::clamp<int64_t>(begin - b, 0, m), dim = shape.dim;
     if (past) product(past, n, dim, left, dim, right, ld, c, ld, false);
     for (int64_t i = past; i < m; i += KEYS) {
       int64_t skip = (b + i - begin) / unit * unit * shape.group;
-      if (skip < n) product(KEYS, n - skip, dim, left + i * dim, dim, right + skip * PAIR<C>, ld, c + i * ld + skip, ld, false);
+      if (skip >= n) break;
+      product(KEYS, n - skip, dim, left + i * dim, dim, right + skip * PAIR<C>, ld, c + i * ld + skip, ld, false);
     }
   }
 
@@ -661,8 +665,8 @@ void run(const Call& c, bool backward) {
 
 } // namespace
 
-// sizes: rows, heads of keys and values, length, group, head_dim. tensors: q, k, v, out of the forward; q, k, v, out, dOut, dq,
-// dk, dv of the backward; each has 4 strides, see View. Returns null or what is wrong.
+// sizes: rows, heads of keys and values, length, group, head_dim. tensors: q, k, v, out of the forward; q, k, v, out,
+// dOut, dq, dk, dv of the backward; each has 4 strides, see View. Returns null or what is wrong.
 extern "C" const char* trainwright_attention(int backward, int is_bfloat16, const int64_t* sizes, float scale,
                                              void* const* tensors, const int64_t* strides, float* lse,
                                              const int32_t* documents, int64_t count) {
