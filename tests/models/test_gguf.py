@@ -254,6 +254,13 @@ def small_file(tmp_path_factory):
     return write(tmp_path_factory.mktemp("gguf") / "m.gguf", llama(), Kind.Q8_0, vocabulary=1500).read_bytes()
 
 
+def fresh(folder, content):
+    """A new file each time: one that is still mapped must not change."""
+    path = folder / f"{len(list(folder.iterdir()))}.gguf"
+    path.write_bytes(content)
+    return path
+
+
 def read_everything(path):
     weights = ours.GGUFWeights(path)
     weights.config()
@@ -265,9 +272,8 @@ def read_everything(path):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_truncated_file_is_an_input_error(small_file, tmp_path, cut):
     """At any length; the last tensor's size is a multiple of the alignment, so that no byte of the file is padding."""
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(small_file[: int(cut * len(small_file))])
-    with pytest.raises(InputError, match=r"cut\.gguf: "):
+    path = fresh(tmp_path, small_file[: int(cut * len(small_file))])
+    with pytest.raises(InputError, match=rf"{path.name}: "):
         read_everything(path)
 
 
@@ -278,8 +284,7 @@ def test_a_damaged_header_is_an_input_error_or_harmless(small_file, tmp_path, pl
     header = small_file.index(b"blk.0.attn_norm") if whole else 1000
     start = int(place * header)
     data[start : start + (8 if whole else 1)] = bytes([value]) * (8 if whole else 1)
-    path = tmp_path / "bad.gguf"
-    path.write_bytes(data)
+    path = fresh(tmp_path, data)
     with suppress(InputError):
         ours.GGUFWeights(path).config()
 

@@ -246,11 +246,12 @@ def test_two_names_for_one_parameter():
         load_into(on_meta(), Stored({**source, f"_orig_mod.{Q}": source[Q]}))
 
 
-def test_a_users_module_may_have_a_child_called_module():
-    model, source = nn.ModuleDict({"module": nn.Linear(2, 3)}), nn.ModuleDict({"module": nn.Linear(2, 3)})
+@pytest.mark.parametrize("child", ["module", "_orig_mod"])
+def test_a_users_module_may_have_a_child_called_like_a_wrapper(child):
+    model, source = nn.ModuleDict({child: nn.Linear(2, 3)}), nn.ModuleDict({child: nn.Linear(2, 3)})
     report = load_into(model, Stored(source.state_dict()))
     assert report.notes == ()
-    assert torch.equal(model["module"].weight, source["module"].weight)
+    assert torch.equal(model[child].weight, source[child].weight)
 
 
 def test_buffers_and_integers_of_any_module():

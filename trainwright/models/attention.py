@@ -1,8 +1,7 @@
 """Causal attention inside documents that lie one behind the other in a row (packing), and over a key/value cache.
 
-On CUDA this is PyTorch's variable-length flash kernel. On the CPU its kernel's backward is slow, so the products are made
-there by query tiles: the grouped query heads are folded into rows, only keys up to the causal edge are touched, and the
-backward recomputes the probabilities (Dao et al. 2022). Everywhere else, and as the oracle, one masked SDPA.
+On CUDA this is PyTorch's variable-length flash kernel, on the CPU a kernel of our own (``cpu_attention``), because the backward
+of PyTorch's is slow there. Everywhere else, and as the oracle, one masked SDPA.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+
+from trainwright.models import cpu_attention
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     """Each token attends to itself and the earlier tokens of its document.
@@ -23,6 +24,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     Returns:
         (rows, KV heads, length, group, head_dim), in q's dtype.
     """
+    if cpu_attention.supports(q) and cpu_attention.available():
+        return cpu_attention.packed_attention(q, k, v, documents)
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
         return _flash_attention(q, k, v, documents)
     return masked_attention(q, k, v, documents)
