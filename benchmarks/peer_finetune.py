@@ -208,9 +208,7 @@ def training_arguments(settings: Settings, micro_batch: int, steps: int, output:
 def train(settings: Settings, base: Path, data: dict[str, np.ndarray], options: argparse.Namespace) -> Notes:
     """Trains for `options.steps` optimizer steps."""
     ragged = options.case == "ragged"
-    padding = DataCollatorForSeq2Seq(
-        AutoTokenizer.from_pretrained(base), pad_to_multiple_of=settings.pad_to_multiple_of
-    )
+    padding = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(base), pad_to_multiple_of=settings.pad_to_multiple_of)
     notes = Notes()
     NotedTrainer(
         notes,

@@ -14,7 +14,7 @@ FILES = sorted(file.relative_to(ROOT) for file in ROOT.rglob("*.py") if file.nam
 TECHNIQUES = {"adapt", "memory", "parallel"}
 PARTS = {"models", "data", "losses", "metrics", "optim"}
 HELPERS = {"checkpoint", "tracking", "flops", "machine", "sampling", "saving"}
-BELOW_BUILD = {"recipe", "loop", *PARTS, *TECHNIQUES, *HELPERS}
+BELOW_BUILD = {"recipe", "loop", "built", "language", *PARTS, *TECHNIQUES, *HELPERS}
 BELOW_VERBS = {*BELOW_BUILD, "build", "console", "runfolder"}
 # A module, or all modules of a folder -> what of ours it may import (a module, or all of a folder).
 ALLOWED: dict[str, set[str]] = {
@@ -26,6 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     **{name: {"recipe"} for name in ("losses", "metrics", "optim", "checkpoint", "tracking", "flops", "machine")},
     **{name: {"recipe", "models.contract", name} for name in TECHNIQUES},
     "sampling": {"recipe", "models"},
+    "built": {"memory.precision", "models"},
+    "language": {"recipe", "built", "data", "losses", "loop", "memory.precision", "models", "sampling"},
     "saving": {"recipe", "models", "adapt"},
     "loop": {"recipe", "models.contract"},
     "console": {"recipe", "loop"},
@@ -77,11 +79,7 @@ def is_module(name: str) -> bool:
 
 def ours(tree: ast.AST) -> set[str]:
     """What of ours is imported: ``models.decoder``."""
-    found = {
-        name.removeprefix("trainwright").lstrip(".")
-        for name in imports(tree)
-        if name.partition(".")[0] == "trainwright"
-    }
+    found = {name.removeprefix("trainwright").lstrip(".") for name in imports(tree) if name.partition(".")[0] == "trainwright"}
     return found - {""}
 
 

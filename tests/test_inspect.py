@@ -92,9 +92,7 @@ def test_no_values_are_needed() -> None:
 
 
 def test_repeated_blocks_fold_into_one() -> None:
-    model = nn.ModuleDict(
-        {"first": nn.Linear(4, 4), "layers": nn.ModuleList(block() for _ in range(12)), "act": nn.GELU()}
-    )
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "layers": nn.ModuleList(block() for _ in range(12)), "act": nn.GELU()})
     rows = fold(table(model))
     assert [(row.name, row.copies, row.parameters, row.trainable, row.bytes) for row in rows] == [
         ("first", 1, 20, 20, 80),
@@ -160,9 +158,7 @@ def test_lora_trains_only_its_factors() -> None:
 
 
 def test_a_users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "anatomy_example.py").write_text(
-        "from torch import nn\ndef make(width):\n    return nn.Linear(width, 2)\n"
-    )
+    (tmp_path / "anatomy_example.py").write_text("from torch import nn\ndef make(width):\n    return nn.Linear(width, 2)\n")
     monkeypatch.chdir(tmp_path)
     found = decoder(model={"architecture": "anatomy_example:make", "options": {"width": 9}})
     assert found["totals"]["parameters"] == 20

@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainwright.recipe import RunError
+
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-\d{8,}")
@@ -34,7 +36,7 @@ _WRITING, _DELETING = ".writing-", ".deleting-"
 _MARKS = {"tensor", "float", "tuple", "items"}  # keys that mean something in a skeleton
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint can't be written or is damaged; the message names the folder, the file and the reason."""
 
 

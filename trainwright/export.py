@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from trainwright import build, runfolder
+from trainwright import build, language, runfolder
 from trainwright.models import pretrained
 from trainwright.recipe import InputError
 from trainwright.saving import plain_tensors, replacing
@@ -28,7 +28,7 @@ def export(run_folder: Path, to: str, out: Path | None = None) -> dict[str, str]
         raise InputError(f"{out} exists already; name another place")
     if to == "merged":
         built = build.load_model(recipe.model_copy(update={"precision": "fp32"}))  # sums made before anything is rounded
-        tokenizer = build.find_tokenizer(recipe, built.source) if recipe.model.architecture == "decoder" else None
+        tokenizer = language.find_tokenizer(recipe, built.source) if recipe.model.architecture == "decoder" else None
         pretrained.save_folder(out, plain_tensors(built.model), built.config, tokenizer)
     else:
         with replacing(out) as temporary:

@@ -247,7 +247,9 @@ def evaluate(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
     """Measure a finished run's model on its held-out data; gives what ``--json`` prints."""
     recipe = runfolder.finished(folder)
     if recipe.data.held_out is None:
-        raise InputError(f"{folder}: its recipe has no held-out data (data.held_out is null), so there is nothing to measure on")
+        raise InputError(
+            f"{folder}: its recipe has no held-out data (data.held_out is null), so there is nothing to measure on"
+        )
     with Display(quiet) as display:
         started = time.perf_counter()
         run = _assemble(recipe, display)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainwright import build, runfolder
+from trainwright import build, language, runfolder
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
 from trainwright.models.decoder import Decoder
@@ -94,8 +94,8 @@ def _speaker(recipe: Recipe, name: str) -> Speaker:
     built = build.load_model(recipe)
     if not isinstance(built.model, Decoder):
         raise InputError(f"{name}: only decoders can generate; this is {recipe.model.architecture}")
-    tokenizer = build.find_tokenizer(recipe, built.source)
-    return Speaker(name, built.model, tokenizer, build.speaking(built, tokenizer))
+    tokenizer = language.find_tokenizer(recipe, built.source)
+    return Speaker(name, built.model, tokenizer, language.speaking(built, tokenizer))
 
 
 def main(

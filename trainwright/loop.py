@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.models.contract import Change
-from trainwright.recipe import Recipe
+from trainwright.recipe import Recipe, RunError
 
 
 class Batch(Protocol):
@@ -28,10 +28,6 @@ class Batch(Protocol):
     @property
     def size(self) -> int:
         """How many units of work it holds (tokens without padding, or samples)."""
-
-
-class RunError(RuntimeError):
-    """The run itself failed, though the input was right. Exit code 3."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,9 @@ def _take_step(run: Run) -> StepResult:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         run.optimizer.zero_grad(set_to_none=True)
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} (loss {loss:.4f})"
-        raise RunError(f"step {step + 1}: {what} is not finite, at {run.identity(step)}; lower the learning rate or look at that data")
+        raise RunError(
+            f"step {step + 1}: {what} is not finite, at {run.identity(step)}; lower the learning rate or look at that data"
+        )
     for group in run.optimizer.param_groups:
         group["lr"] = run.rate(step)
     run.optimizer.step()

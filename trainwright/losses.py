@@ -34,9 +34,7 @@ def token_cross_entropy(
     supervised = labels.flatten().ne(-100).nonzero().squeeze(1)
     rows = hidden.flatten(0, -2).index_select(0, supervised)
     targets = labels.flatten().index_select(0, supervised)
-    total = _ChunkedCrossEntropy.apply(
-        rows, weight, targets, section.label_smoothing, section.z_loss, split or split_softmax
-    )
+    total = _ChunkedCrossEntropy.apply(rows, weight, targets, section.label_smoothing, section.z_loss, split or split_softmax)
     return total, len(supervised)
 
 

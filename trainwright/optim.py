@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from trainwright.recipe import AdamW, InputError, Schedule
 from trainwright.recipe import SGD as SGDSection
+from trainwright.recipe import AdamW, InputError, Schedule
 
 LearningRate = Callable[[int], float]
 
@@ -27,9 +27,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     for decayed, decay in ((True, weight_decay), (False, 0.0)):
         members = [(name, p) for name, p in trainable if (p.ndim >= 2) is decayed]
         if members:
-            groups.append(
-                {"params": [p for _, p in members], "names": [name for name, _ in members], "weight_decay": decay}
-            )
+            groups.append({"params": [p for _, p in members], "names": [name for name, _ in members], "weight_decay": decay})
     return groups
 
 
@@ -37,16 +35,14 @@ def make_optimizer(groups: list[dict], section: AdamW | SGDSection) -> torch.opt
     """torch's fused optimizer; the learning rate is set before each step by the loop."""
     if isinstance(section, AdamW):
         return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True)
-    return torch.optim.SGD(
-        groups, lr=section.learning_rate, momentum=section.momentum, nesterov=section.nesterov, fused=True
-    )
+    return torch.optim.SGD(groups, lr=section.learning_rate, momentum=section.momentum, nesterov=section.nesterov, fused=True)
 
 
 def schedule(section: Schedule, peak: float, steps: int) -> LearningRate:
     """The learning rate of step 0 .. steps - 1.
 
-    Warmup rises linearly and reaches the peak at its last step, so that no step is wasted on a rate of zero; then the rate falls
-    from the peak to ``final * peak``, which it would reach at step ``steps``.
+    Warmup rises linearly and reaches the peak at its last step, so that no step is wasted on a rate of zero; then the rate
+    falls from the peak to ``final * peak``, which it would reach at step ``steps``.
     """
     warmup = round(section.warmup * steps) if section.warmup < 1 else int(section.warmup)
     if warmup >= steps and warmup > 0:

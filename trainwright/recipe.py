@@ -54,8 +54,7 @@ class Model(Section):
     )
     match: Literal["exact", "overlap"] = Field(
         "exact",
-        description="exact: every name and shape must match. overlap: copy what matches, initialise the rest, "
-        "report both",
+        description="exact: every name and shape must match. overlap: copy what matches, initialise the rest, report both",
     )
     tokenizer: str | None = Field(None, description="folder or hub name; by default the one beside the weights")
 
@@ -82,9 +81,7 @@ class Lora(Section):
     method: Literal["lora"]
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    targets: str | list[str] = Field(
-        "all-linear", description="all-linear (without the head), or name patterns of modules"
-    )
+    targets: str | list[str] = Field("all-linear", description="all-linear (without the head), or name patterns of modules")
     dropout: Fraction = 0.0
     scaling: Literal["standard", "rslora"] = Field("standard", description="alpha/rank, or alpha/sqrt(rank)")
     start: str | None = Field(None, description="folder with an adapter in PEFT's format to continue from")
@@ -107,8 +104,7 @@ class TextData(Section):
 
     kind: Literal["text"] = "text"
     source: str = Field(
-        description="python-docstrings, or a .jsonl .json .csv .parquet .txt file, "
-        "or a folder saved by Hugging Face datasets"
+        description="python-docstrings, or a .jsonl .json .csv .parquet .txt file, or a folder saved by Hugging Face datasets"
     )
     format: Literal["auto", "jsonl", "json", "csv", "parquet", "txt", "datasets"] = "auto"
     fields: Fields = Field(default_factory=Fields)
@@ -117,9 +113,7 @@ class TextData(Section):
     )
     sequence_length: Positive = 512
     too_long: Literal["truncate", "drop", "split"] = "truncate"
-    packing: bool = Field(
-        True, description="several documents in a row; each attends to itself and restarts its positions"
-    )
+    packing: bool = Field(True, description="several documents in a row; each attends to itself and restarts its positions")
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] | str | None = Field(
         0.05, description="fraction of the documents, or a file, that is never trained on"
     )
@@ -167,9 +161,7 @@ class Schedule(Section):
     """The learning rate as a function of the step alone."""
 
     name: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Annotated[float, Field(ge=0)] = Field(
-        0.03, description="below 1 a fraction of all steps, else a number of steps"
-    )
+    warmup: Annotated[float, Field(ge=0)] = Field(0.03, description="below 1 a fraction of all steps, else a number of steps")
     final: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="the last rate, as a fraction of the peak")
 
 
@@ -184,18 +176,14 @@ class Training(Section):
     micro_batch_size: Positive | None = Field(
         None, description="rows at once in a process; must divide the batch; default: fits"
     )
-    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="largest global gradient norm; null: no clipping"
-    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null: no clipping")
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}")
         return self
 
 
@@ -211,9 +199,7 @@ class Evaluation(Section):
 
     every: Positive | None = Field(None, description="steps between evaluations; null: only before and after")
     before: bool = True
-    samples: Annotated[int, Field(ge=0)] = Field(
-        0, description="answers to so many held-out prompts, shown before and after"
-    )
+    samples: Annotated[int, Field(ge=0)] = Field(0, description="answers to so many held-out prompts, shown before and after")
     best: Best | None = Field(None, description="keep the best evaluated weights and make them the final model")
 
 

@@ -101,9 +101,7 @@ def allowed(hint: Any) -> str:
         return either(map(repr, arguments))
     if origin in (list, tuple):
         return _sequence(arguments, field)
-    return (
-        "a section of keys and values" if origin is dict else f"{SCALARS.get(plain, 'a value')}{_range(plain, field)}"
-    )
+    return "a section of keys and values" if origin is dict else f"{SCALARS.get(plain, 'a value')}{_range(plain, field)}"
 
 
 def choice(options: Iterable[str], found: object) -> str:
@@ -144,11 +142,7 @@ def _range(kind: Any, field: FieldInfo | None) -> str:
     if kind is int:  # above 0 reads better as: of at least 1
         limits = {{"gt": "ge", "lt": "le"}.get(n, n): v + {"gt": 1, "lt": -1}.get(n, 0) for n, v in limits.items()}
     if {"ge", "le"} <= limits.keys():
-        return (
-            f" from {limits['ge']:g} to {limits['le']:g}"
-            if kind is float
-            else f" from {limits['ge']} to {limits['le']}"
-        )
+        return f" from {limits['ge']:g} to {limits['le']:g}" if kind is float else f" from {limits['ge']} to {limits['le']}"
     words = [f"{BOUNDS[name]} {limit:g}" for name, limit in limits.items()]
     return " " + " and ".join(words) if words else ""
 

@@ -29,7 +29,9 @@ def prepare(recipe: Recipe, resume: bool) -> Path:
     if file.is_file():
         _same_recipe(load(file), recipe, folder)
         if not resume and (checkpoint.latest(folder) or (folder / MODEL).exists()):
-            raise InputError(f"{folder} already holds this recipe's run; add --resume to go on, or set run.folder to another place")
+            raise InputError(
+                f"{folder} already holds this recipe's run; add --resume to go on, or set run.folder to another place"
+            )
     elif folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} isn't empty and holds no run; set run.folder to another place")
     try:
@@ -79,7 +81,9 @@ def finished(folder: Path) -> Recipe:
     recipe = read_recipe(folder)
     model = folder / MODEL
     if not model.is_dir():
-        raise InputError(f"{folder} has no final model yet; finish it with: trainwright train {folder / 'recipe.yaml'} --resume")
+        raise InputError(
+            f"{folder} has no final model yet; finish it with: trainwright train {folder / 'recipe.yaml'} --resume"
+        )
     if recipe.adapt.method == "full":
         started = recipe.model.model_copy(update={"pretrained": str(model), "options": {}, "match": "exact"})
         if recipe.model.architecture != "decoder":

@@ -70,7 +70,9 @@ def tokens(
     device = model.model.embed_tokens.weight.device
     room = model.config.max_position_embeddings - len(prompt)
     if room < 1 or not prompt:
-        raise InputError(f"the prompt has {len(prompt)} tokens; the model takes 1 to {model.config.max_position_embeddings - 1}")
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens; the model takes 1 to {model.config.max_position_embeddings - 1}"
+        )
     new = min(sampling.max_tokens, room)
     generator = torch.Generator(device).manual_seed(sampling.seed)
     cache = KVCache(model.config, 1, len(prompt) + new, dtype=dtype, device=device)
@@ -83,5 +85,3 @@ def tokens(
         if token in stops:
             return
         yield token
-
-

@@ -51,9 +51,7 @@ class Tracker:
         use themselves.
         """
         if taken := _RESERVED & values.keys():
-            raise ValueError(
-                f"{sorted(taken)} can't name metrics: the lines of metrics.jsonl use these keys themselves"
-            )
+            raise ValueError(f"{sorted(taken)} can't name metrics: the lines of metrics.jsonl use these keys themselves")
         numbers = {name: _number(value) for name, value in values.items()}
         self._open().write(_line(step, split, numbers))
         if self._tensorboard:

@@ -43,9 +43,7 @@ def test_the_code_is_one_function_without_its_docstring(pairs: list[tuple[str, s
 @pytest.mark.parametrize("function", [inspect.ismethod, textwrap.indent, textwrap.TextWrapper.fill, ast.parse])
 def test_known_functions_are_there_with_their_docstring(pairs: list[tuple[str, str]], function: object) -> None:
     name = function.__name__  # type: ignore[attr-defined]
-    assert [docstring for code, docstring in pairs if code.startswith(f"def {name}(")].count(
-        str(inspect.getdoc(function))
-    ) == 1
+    assert [docstring for code, docstring in pairs if code.startswith(f"def {name}(")].count(str(inspect.getdoc(function))) == 1
 
 
 def test_the_order_is_the_same_each_time(pairs: list[tuple[str, str]]) -> None:

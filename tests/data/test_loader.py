@@ -100,9 +100,7 @@ def small() -> Documents:
 
 def make_loader(documents: Documents, micro_batch_size: int = 2, seed: int = 3) -> loader.Loader:
     rows = packing.pack(documents.lengths, 8)
-    return loader.Loader(
-        documents, rows, length=8, batch_size=4, micro_batch_size=micro_batch_size, seed=seed, pad_id=PAD
-    )
+    return loader.Loader(documents, rows, length=8, batch_size=4, micro_batch_size=micro_batch_size, seed=seed, pad_id=PAD)
 
 
 def test_an_epoch_supervises_every_target_once() -> None:

@@ -103,9 +103,7 @@ def test_split_makes_every_token_but_the_first_a_target_exactly_once(lengths: li
     documents = numbered(lengths)
     fitted = packing.fit(documents, np.arange(len(lengths)), length, "split")
     assert fitted.lengths.max() <= length
-    assert fitted.tokens[fitted.supervised].tolist() == sorted(
-        set(range(sum(lengths))) - set(documents.offsets.tolist())
-    )
+    assert fitted.tokens[fitted.supervised].tolist() == sorted(set(range(sum(lengths))) - set(documents.offsets.tolist()))
     assert fitted.counts.split == sum(size > length for size in lengths)
 
 

@@ -150,9 +150,7 @@ def test_the_name_of_the_built_in_source_is_offered() -> None:
         ({"text": 1, "chat": 1}, {"messages": "chat"}, Columns("messages", ("chat",))),
     ],
 )
-def test_columns_are_found_unless_they_are_named(
-    values: dict[str, Any], fields: dict[str, str], expected: Columns
-) -> None:
+def test_columns_are_found_unless_they_are_named(values: dict[str, Any], fields: dict[str, str], expected: Columns) -> None:
     assert sources.find_columns(Fields(**fields), Row("data, line 1", values)) == expected
 
 

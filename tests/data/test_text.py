@@ -135,9 +135,7 @@ def test_in_a_chat_exactly_the_answers_and_their_ends_are_supervised(
 def test_a_chat_has_the_tokens_that_generating_sees(section: Any, smollm2_tokenizer: PreTrainedTokenizerFast) -> None:
     row = as_messages(CHATS[0])
     train = prepare(section([row]), smollm2_tokenizer).train
-    prompt: Any = smollm2_tokenizer.apply_chat_template(
-        row["messages"][:1], add_generation_prompt=True, return_dict=False
-    )
+    prompt: Any = smollm2_tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_dict=False)
     assert train.tokens[: len(prompt)].tolist() == prompt
     assert train.supervised.tolist().index(True) == len(prompt)
 
@@ -205,9 +203,7 @@ def test_length_policies(section: Any, tokenizer: PreTrainedTokenizerFast) -> No
     )
 
 
-def test_documents_without_supervised_tokens_are_left_out_and_counted(
-    section: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_documents_without_supervised_tokens_are_left_out_and_counted(section: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"prompt": "long prompt", "completion": "a"}, {"prompt": "p", "completion": "b"}]
     train = prepare(section(rows, sequence_length=6), tokenizer).train
     assert shown(train, tokenizer) == [("<s>pb</s>", "b</s>")]
@@ -228,24 +224,18 @@ def test_documents_without_supervised_tokens_are_left_out_and_counted(
 def test_nothing_supervised_is_an_error(
     section: Any, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(
-        InputError, match=r"every label of the training data is masked.*sequence_length.*supervise: all"
-    ):
+    with pytest.raises(InputError, match=r"every label of the training data is masked.*sequence_length.*supervise: all"):
         prepare(section(rows, **settings), tokenizer)
 
 
-def test_a_held_out_part_without_supervised_tokens_is_an_error(
-    section: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_held_out_part_without_supervised_tokens_is_an_error(section: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     other = section([as_messages([("user", "a")])]).source
     with pytest.raises(InputError, match="every label of the held-out data is masked"):
         prepare(section([as_messages(CHATS[0])], held_out=other), tokenizer)
 
 
 def test_a_sequence_longer_than_the_model_is_an_error(section: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(
-        InputError, match=r"data\.sequence_length is 512, but the model has 256 positions; set it to 256"
-    ):
+    with pytest.raises(InputError, match=r"data\.sequence_length is 512, but the model has 256 positions; set it to 256"):
         text.prepare(section([{"text": "a"}]), tokenizer, model_length=256, seed=0)
 
 
@@ -303,9 +293,7 @@ def test_the_limit_and_the_progress(section: Any, tokenizer: PreTrainedTokenizer
 
 def arrays(splits: text.TextSplits) -> list[Any]:
     parts = [splits.train, *([splits.held_out] if splits.held_out else [])]
-    return [
-        value.tolist() if isinstance(value, np.ndarray) else value for part in parts for value in vars(part).values()
-    ]
+    return [value.tolist() if isinstance(value, np.ndarray) else value for part in parts for value in vars(part).values()]
 
 
 def cache_files(settings: TextData) -> list[Path]:
@@ -313,9 +301,7 @@ def cache_files(settings: TextData) -> list[Path]:
     return sorted(Path(settings.cache).iterdir())
 
 
-def test_the_cache_gives_the_same_and_leaves_nothing_else_behind(
-    section: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_cache_gives_the_same_and_leaves_nothing_else_behind(section: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     settings = section(numbered(30), held_out=0.2)
     made, read = prepare(settings, tokenizer), prepare(settings, tokenizer)
     assert (made.cached, read.cached) == (False, True)
@@ -375,9 +361,7 @@ def test_a_damaged_cache_is_made_anew(section: Any, tokenizer: PreTrainedTokeniz
     assert cache_files(settings) == [file]
 
 
-def test_a_cache_that_cannot_be_written_is_told(
-    section: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_cache_that_cannot_be_written_is_told(section: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot make the cache folder.*set data\.cache to another"):
         prepare(section(numbered(2), cache=str(tmp_path / "file")), tokenizer)

@@ -59,9 +59,7 @@ def exact(inputs: Sequence[Tensor], documents: Tensor) -> tuple[Tensor, ...]:
 
 
 def assert_close_to_exact(inputs: Sequence[Tensor], documents: Tensor) -> None:
-    for name, ours, truth in zip(
-        NAMES, run(packed_attention, inputs, documents), exact(inputs, documents), strict=True
-    ):
+    for name, ours, truth in zip(NAMES, run(packed_attention, inputs, documents), exact(inputs, documents), strict=True):
         # The gradients of q and k vanish in documents of one token: hence the 1.
         bound = 1e-5 * max(1.0, truth.abs().max().item())
         assert (ours - truth).abs().max() <= bound, name
@@ -239,7 +237,7 @@ def test_compiles_into_one_graph(dynamic: bool) -> None:
         assert cpu_attention.available()
         assert cpu_attention.supports(q)
         out = packed_attention(q * 2, k, v, documents)
-        return out.transpose(1, 2).flatten(2).flatten(2) + 1
+        return out.transpose(1, 2).flatten(2) + 1
 
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")

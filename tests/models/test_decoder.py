@@ -47,9 +47,7 @@ def inputs(rows=2, length=40):
 def test_logits_equal_transformers(pair):
     ours, theirs = pair
     tokens, positions, documents = inputs()
-    torch.testing.assert_close(
-        ours.logits(ours(tokens, positions, documents)), theirs(tokens).logits, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(ours.logits(ours(tokens, positions, documents)), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_every_gradient_equals_transformers(pair):

@@ -173,9 +173,7 @@ def test_a_tensor_that_the_index_promises_is_named(sharded_folder):
         open_weights(found)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": "../../x.safetensors"}}']
-)
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": "../../x.safetensors"}}'])
 def test_an_index_that_is_none(sharded_folder, content):
     (sharded_folder / folder.INDEX).write_text(content)
     with pytest.raises(InputError, match=r"model\.safetensors\.index\.json: "):

@@ -65,9 +65,7 @@ def test_exact_fills_a_decoder_on_the_meta_device(tied):
         assert torch.equal(model.state_dict()[name], value), name
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert not report.uninitialized
-    assert (
-        report.describe() == f"{20 if tied else 21} of {20 if tied else 21} parameters and buffers come from somewhere"
-    )
+    assert report.describe() == f"{20 if tied else 21} of {20 if tied else 21} parameters and buffers come from somewhere"
 
 
 def test_the_loaded_model_computes_the_same():
@@ -173,9 +171,7 @@ def test_overlap_leaves_the_rest_as_the_model_made_it():
 
 
 def test_overlap_with_nothing_in_common_is_an_error():
-    with pytest.raises(
-        InputError, match=r"nothing matches the model; its names look like h\.0\.w, the model's like lm_"
-    ):
+    with pytest.raises(InputError, match=r"nothing matches the model; its names look like h\.0\.w, the model's like lm_"):
         load_into(on_meta(), Stored({"h.0.w": torch.ones(3)}), match="overlap")
 
 
@@ -207,9 +203,7 @@ def test_a_tied_model_and_a_file_with_a_head():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     load_into(on_meta(tie_word_embeddings=True), Stored({k: v for k, v in tensors.items() if k != EMBEDDING}))
     tensors[HEAD] = tensors[HEAD] + 1
-    with pytest.raises(
-        InputError, match=r"lm_head\.weight differ, but the model ties them; set tie_word_embeddings: f"
-    ):
+    with pytest.raises(InputError, match=r"lm_head\.weight differ, but the model ties them; set tie_word_embeddings: f"):
         load_into(on_meta(tie_word_embeddings=True), Stored(tensors))
 
 

@@ -6,8 +6,8 @@ import torch
 
 from tests import tiny
 from trainwright import build, losses
-from trainwright.data.packing import Documents, one_per_row, pack
 from trainwright.data.loader import collate
+from trainwright.data.packing import Documents, one_per_row, pack
 
 
 def gradients(run, batches):
@@ -27,9 +27,7 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize(
-    "adapt", [{}, {"adapt__method": "lora"}, {"adapt__method": "partial", "adapt__train": ["*norm*"]}]
-)
+@pytest.mark.parametrize("adapt", [{}, {"adapt__method": "lora"}, {"adapt__method": "partial", "adapt__train": ["*norm*"]}])
 def test_eight_times_one_is_one_times_eight(tmp_path, smoothing, adapt):
     common = {"loss__label_smoothing": smoothing, "training__batch_size": 8, "data__packing": False, **adapt}
     whole = build.assemble(tiny.recipe(tmp_path, **common, training__micro_batch_size=8))

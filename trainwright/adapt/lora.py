@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,20 @@ class LoraLinear(nn.Linear):
         dropped = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
         low = nn.functional.linear(dropped, self.lora_A) * self.scale
         return nn.functional.linear(x, self.weight, self.bias) + nn.functional.linear(low, self.lora_B)
+
+    @staticmethod
+    def apply_all(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+        """The outputs of layers with the same input: their small products become two, as if of one layer.
+
+        Each layer's dropout has masks of its own, so then they stay apart.
+        """
+        if not all(isinstance(layer, LoraLinear) and not (layer.dropout and layer.training) for layer in layers):
+            return [layer(x) for layer in layers]
+        adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        low = nn.functional.linear(x, torch.cat([layer.lora_A for layer in adapted])) * adapted[0].scale
+        added = nn.functional.linear(low, torch.block_diag(*(layer.lora_B for layer in adapted)))
+        parts = added.split([layer.out_features for layer in adapted], -1)
+        return [nn.functional.linear(x, y.weight, y.bias) + part for y, part in zip(adapted, parts, strict=True)]
 
     def effective_weight(self) -> Tensor:
         """W + scale * B A, summed in float32 at least, in W's dtype; without dropout."""
@@ -200,7 +214,9 @@ def load(model: nn.Module, folder: Path, base_hash: str | None = None) -> None:
     wanted = {name for name in parameters if is_factor(name)}
     for name, value in tensors.items():
         if name not in wanted:
-            raise InputError(f"{folder}: the adapter has {name}, the model has not{nearest(name, wanted)}: is it for another base?")
+            raise InputError(
+                f"{folder}: the adapter has {name}, the model has not{nearest(name, wanted)}: is it for another base?"
+            )
         if value.shape != parameters[name].shape:
             raise InputError(
                 f"{folder}: {name} is {list(value.shape)} in the adapter, {list(parameters[name].shape)} in the model: "

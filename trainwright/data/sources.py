@@ -145,9 +145,7 @@ def _digest(file: Path) -> bytes:
 
 def _value(row: Row, name: str) -> Any:
     if name not in row.values:
-        raise InputError(
-            f"{row.where}: no column {name!r}{nearest(name, row.values)}; the columns are {', '.join(row.values)}"
-        )
+        raise InputError(f"{row.where}: no column {name!r}{nearest(name, row.values)}; the columns are {', '.join(row.values)}")
     return row.values[name]
 
 

@@ -244,9 +244,7 @@ def _key(section: TextData, encoder: Encoder, seed: int) -> str:
     parts: dict[str, Any] = {
         "settings": section.model_dump(include=settings),
         "source": sources.fingerprint(section.source),
-        "suffixes": [
-            Path(str(name)).suffix for name in (section.source, section.held_out)
-        ],  # what format: auto looks at
+        "suffixes": [Path(str(name)).suffix for name in (section.source, section.held_out)],  # what format: auto looks at
         "held_out": [section.held_out, seed],
         # With the padding and truncation of the latest call, which is the encoder's: none.
         "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trainwright.models import cpu_attention
 
+
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     """Each token attends to itself and the earlier tokens of its document.
 
@@ -49,9 +50,7 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tens
     offsets = documents.to(q.device)
     flat_q = q.permute(0, 2, 1, 3, 4).reshape(rows * length, kv_heads * group, size)
     flat_k, flat_v = (x.transpose(1, 2).reshape(rows * length, kv_heads, size) for x in (k, v))
-    out = varlen_attn(
-        flat_q, flat_k, flat_v, offsets, offsets, length, length, window_size=(-1, 0), enable_gqa=group > 1
-    )
+    out = varlen_attn(flat_q, flat_k, flat_v, offsets, offsets, length, length, window_size=(-1, 0), enable_gqa=group > 1)
     assert isinstance(out, Tensor)
     return out.view(rows, length, kv_heads, group, size).permute(0, 2, 1, 3, 4)
 

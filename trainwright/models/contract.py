@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -44,3 +44,9 @@ def effective_weight(linear: nn.Linear) -> Tensor:
     """The weight that the layer's product really uses, (out, in): an adapter may add to the stored one."""
     adapted: Callable[[], Tensor] | None = getattr(linear, "effective_weight", None)
     return adapted() if adapted is not None else linear.weight
+
+
+def apply_all(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """The outputs of linear layers that read the same input; an adapter may share work among them."""
+    together: Callable[..., Sequence[Tensor]] | None = getattr(layers[0], "apply_all", None)
+    return together(layers, x) if together is not None else [layer(x) for layer in layers]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.models.attention import attention, cached_attention
-from trainwright.models.contract import effective_weight
+from trainwright.models.contract import apply_all, effective_weight
 from trainwright.models.rotary import Rotary, read_rotary, rotate
 from trainwright.recipe import InputError, nearest
 
@@ -125,9 +125,10 @@ class Attention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (rows, KV heads, length, group, head_dim); keys and values (rows, KV heads, length, head_dim)."""
         rows, length, _ = x.shape
-        q = self.q_proj(x).view(rows, length, self.kv_heads, self.group, self.head_dim)
-        k = self.k_proj(x).view(rows, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).view(rows, length, self.kv_heads, self.head_dim)
+        q, k, v = apply_all((self.q_proj, self.k_proj, self.v_proj), x)
+        q = q.view(rows, length, self.kv_heads, self.group, self.head_dim)
+        k = k.view(rows, length, self.kv_heads, self.head_dim)
+        v = v.view(rows, length, self.kv_heads, self.head_dim)
         q = rotate(q, cos[:, :, None, None], sin[:, :, None, None])
         k = rotate(k, cos[:, :, None], sin[:, :, None])
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -152,7 +153,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = apply_all((self.gate_proj, self.up_proj), x)
+        return self.down_proj(nn.functional.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -179,9 +179,7 @@ def save_folder(
     folder = Path(folder).resolve()  # a symbolic link keeps pointing to the model
     check_replaceable(folder)
     kept = without_tied_head(tensors, config)
-    assert not any(tensor.is_meta or (config and not tensor.numel()) for tensor in kept.values()), (
-        "weights not gathered"
-    )
+    assert not any(tensor.is_meta or (config and not tensor.numel()) for tensor in kept.values()), "weights not gathered"
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

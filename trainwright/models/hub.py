@@ -52,9 +52,7 @@ def downloaded(name: str, files: tuple[str, ...]) -> Path:
 def cached(name: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(SKIPPED), local_files_only=True)
-    )
+    return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(SKIPPED), local_files_only=True))
 
 
 def first_line(error: Exception) -> str:

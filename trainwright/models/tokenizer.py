@@ -59,9 +59,7 @@ def from_folder(source: Source) -> PreTrainedTokenizerFast:
         InputError: the folder has none, or transformers can't read it.
     """
     if not has_vocabulary(source.path):
-        raise InputError(
-            f"{source.shown}: holds no tokenizer ({' or '.join(VOCABULARIES)}); give one with model.tokenizer"
-        )
+        raise InputError(f"{source.shown}: holds no tokenizer ({' or '.join(VOCABULARIES)}); give one with model.tokenizer")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     with quiet():

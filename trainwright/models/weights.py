@@ -232,9 +232,7 @@ def read(slot: Slot, weights: Weights, dtype: torch.dtype) -> Tensor:
     first, *others = slot.stored
     stored, wanted = weights.dtype(first), slot.tensor.dtype
     if stored.is_floating_point != wanted.is_floating_point:
-        raise InputError(
-            f"{weights.shown}: {first} is stored as {stored}, the model has {wanted}; take unquantised weights"
-        )
+        raise InputError(f"{weights.shown}: {first} is stored as {stored}, the model has {wanted}; take unquantised weights")
     for other in others:
         if not torch.equal(weights.load(first), weights.load(other)):
             raise InputError(

@@ -1,0 +1,154 @@
+"""The part of ``build`` that is about text: tokenizer, batches, the objective of a language model, samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trainwright import losses
+from trainwright.built import Built
+from trainwright.data import loader, packing, text
+from trainwright.loop import Sample
+from trainwright.memory import precision
+from trainwright.models import decoder, pretrained
+from trainwright.recipe import InputError, Recipe
+from trainwright.sampling import Sampling, tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # enough for efficient products on each
+
+
+def find_tokenizer(recipe: Recipe, source: pretrained.Source | None) -> PreTrainedTokenizerFast:
+    """The tokenizer that the recipe names, else the one beside the weights."""
+    if recipe.model.tokenizer:
+        return pretrained.load_tokenizer(recipe.model.tokenizer)
+    if source is None:
+        raise InputError(
+            "model.tokenizer: text data need a tokenizer, and without model.pretrained there is none; name a folder"
+        )
+    return pretrained.load_tokenizer(source)
+
+
+def objective_of(built: Built, recipe: Recipe, compiled: bool) -> Callable[[Any], tuple[Tensor, int]]:
+    """A text batch to its summed loss and the number of supervised tokens."""
+    model, takes_documents = built.model, _takes_documents(built.model)
+    split = torch.compile(losses.split_softmax, dynamic=True) if compiled else losses.split_softmax
+    head_weight: Callable[[], Tensor] | None = getattr(model, "head_weight", None)
+
+    def objective(batch: loader.TextBatch) -> tuple[Tensor, int]:
+        batch = batch.to(built.device)
+        torch._dynamo.mark_dynamic(batch.documents, 0)  # else each number of documents would be compiled anew
+        with precision.context(built.precision, built.device):
+            inputs = (batch.tokens, batch.positions, batch.documents) if takes_documents else (batch.tokens,)
+            out = model(*inputs)
+            if head_weight is not None:
+                return losses.token_cross_entropy(out, head_weight(), batch.labels, recipe.loss, split)
+            return losses.logits_cross_entropy(out, batch.labels, recipe.loss)
+
+    return objective
+
+
+def speaking(built: Built, tokenizer: PreTrainedTokenizerFast) -> Callable[[list[int], Sampling], Iterator[int]]:
+    """How the decoder as it stands goes on after a prompt's tokens."""
+    assert isinstance(built.model, decoder.Decoder)
+    declared = built.config.get("eos_token_id")
+    stops = {*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id} - {None}
+    context = partial(precision.context, built.precision, built.device)
+    return partial(tokens, built.model, stops=stops, dtype=built.compute_dtype, context=context)
+
+
+def samples(
+    built: Built, tokenizer: PreTrainedTokenizerFast, held_out: packing.Documents | None
+) -> Callable[[int], list[Sample]]:
+    """The likeliest answers to the first held-out prompts."""
+
+    def sample(count: int) -> list[Sample]:
+        assert held_out is not None
+        going_on = speaking(built, tokenizer)
+        found = []
+        for prompt, expected in held_out.prompts(count):
+            answer = list(going_on(prompt, Sampling(max_tokens=96, temperature=0.0)))
+            found.append(Sample(*(str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, expected, answer))))
+        return found
+
+    return sample
+
+
+def _takes_documents(model: nn.Module) -> bool:
+    return "documents" in inspect.signature(type(model).forward).parameters
+
+
+def check_packing(recipe: Recipe, model: nn.Module) -> None:
+    if recipe.data.packing and not _takes_documents(model):
+        raise InputError(
+            f"data.packing: {recipe.model.architecture} takes no documents in its forward, so packed documents would attend to "
+            "each other; set data.packing: false, or take (tokens, positions, documents)"
+        )
+
+
+def _rows(recipe: Recipe, documents: packing.Documents) -> list:
+    if recipe.data.packing:
+        return packing.pack(documents.lengths, recipe.data.sequence_length)
+    return packing.one_per_row(documents.lengths)
+
+
+def micro_batch_size(recipe: Recipe, device: torch.device) -> int:
+    """What the recipe says, else the largest divisor of the batch size with at most ``MICRO_BATCH_TOKENS``."""
+    training = recipe.training
+    if training.micro_batch_size:
+        return training.micro_batch_size
+    fitting = max(1, MICRO_BATCH_TOKENS.get(device.type, 1024) // recipe.data.sequence_length)
+    return max(n for n in range(1, training.batch_size + 1) if training.batch_size % n == 0 and n <= fitting)
+
+
+def make_loader(
+    recipe: Recipe, documents: packing.Documents, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> loader.Loader:
+    return loader.Loader(
+        documents,
+        _rows(recipe, documents),
+        length=recipe.data.sequence_length,
+        batch_size=recipe.training.batch_size,
+        micro_batch_size=micro_batch_size(recipe, device),
+        seed=recipe.run.seed,
+        pad_id=_pad_id(tokenizer),
+    )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Any valid id will do: padding is a document of its own and predicts nothing."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def held_out_batches(
+    recipe: Recipe, documents: packing.Documents | None, batches: loader.Loader
+) -> Callable[[], Iterable[loader.TextBatch]] | None:
+    if documents is None:
+        return None
+    return partial(
+        loader.in_order,
+        documents,
+        _rows(recipe, documents),
+        batches.micro_batch_size,
+        length=batches.length,
+        pad_id=batches.pad_id,
+    )
+
+
+def data_notes(splits: text.TextSplits, batches: loader.Loader) -> list[str]:
+    """What became of the documents, for people."""
+    notes = []
+    for name, documents in (("train", splits.train), ("held-out", splits.held_out)):
+        if documents is not None:
+            counts = {key: value for key, value in dataclasses.asdict(documents.counts).items() if value}
+            notes.append(f"{name} data: " + ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items()))
+    filled = splits.train.counts.tokens / (len(batches.rows) * batches.length)
+    return [*notes, f"packed into {len(batches.rows):,} rows of {batches.length} tokens, {filled:.1%} full"]
