@@ -29,10 +29,16 @@ from trainwright.models.contract import Change
 from trainwright.recipe import InputError, Lora, Partial, Recipe
 
 
-def assemble(recipe: Recipe, *, progress: Callable[[str, int], None] = lambda what, done: None) -> Run:
+def assemble(
+    recipe: Recipe,
+    *,
+    splits: text.TextSplits | None = None,
+    progress: Callable[[str, int], None] = lambda what, done: None,
+) -> Run:
     """The whole program of a recipe.
 
     Args:
+        splits: documents already tokenised, instead of those that ``recipe.data`` names.
         progress: called with what is being prepared and how much of it is done.
 
     Raises:
@@ -42,7 +48,7 @@ def assemble(recipe: Recipe, *, progress: Callable[[str, int], None] = lambda wh
         torch.set_num_threads(recipe.run.threads)
     built = assemble_model(recipe)
     tokenizer = language.find_tokenizer(recipe, built.source)
-    splits = text.prepare(
+    splits = splits or text.prepare(
         recipe.data,
         tokenizer,
         model_length=built.config.get("max_position_embeddings"),

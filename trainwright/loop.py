@@ -162,5 +162,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors held on the accelerator, or that this process held resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # where there is one: ru_maxrss is inherited from the parent process
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
