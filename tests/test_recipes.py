@@ -1,0 +1,23 @@
+"""Every recipe that is shipped can be read, and builds its model."""
+
+from pathlib import Path
+
+import pytest
+
+from trainwright import build
+from trainwright.recipe_file import load
+
+RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_builds_its_model(path):
+    recipe = load(path)
+    assert recipe.run.folder == f"runs/{path.stem}"
+    built = build.assemble_model(recipe)
+    assert any(p.requires_grad for p in built.model.parameters())
+    assert all(p.is_meta for p in built.model.parameters()), "a model must cost nothing before it is loaded"
