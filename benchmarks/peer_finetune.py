@@ -85,7 +85,8 @@ def write_base(folder: Path) -> None:
         source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     # NOTE: transformers refuses to save what came from a GGUF, though the weights are plain by now.
-    del model.hf_quantizer
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         unfinished = Path(scratch, folder.name)
         model.save_pretrained(unfinished)

@@ -359,12 +359,13 @@ struct Forward {
       for (int64_t b = 0; b < end; b += BLOCK) {
         int64_t n = round_up(std::min(BLOCK, end - b), KEYS);
         product(m, n, dim, qs, dim, kt + b * dim, BLOCK, scores, BLOCK, false);
-        for (int64_t r = 0; r < used; r++) {
-          int64_t seen = std::min(n, begin + r / group + 1 - b);
-          float kept = softmax(scores + r * BLOCK, seen, n, scale * LOG2_E, top[r], total[r], p + r * BLOCK);
-          float* a = acc + r * dim;
-          for (int64_t d = 0; b > 0 && d < dim; d += W) store(a + d, load(a + d) * kept);
-        }
+        for (int64_t t = begin, r = 0; t < end; t++)
+          for (int64_t g = 0; g < group; g++, r++) {
+            int64_t seen = std::min(n, t + 1 - b);
+            float kept = softmax(scores + r * BLOCK, seen, n, scale * LOG2_E, top[r], total[r], p + r * BLOCK);
+            float* a = acc + r * dim;
+            for (int64_t d = 0; b > 0 && d < dim; d += W) store(a + d, load(a + d) * kept);
+          }
         product(m, dim, n, p, BLOCK, vp + b * dim, dim, acc, dim, b > 0);
       }
       write(task, begin, end, acc, top, total);
@@ -444,13 +445,14 @@ struct Backward {
     const int64_t dim = shape.dim, keys = round_up(task.end, BLOCK);
     const auto [tile, unit, ld] = tiles();
     Scratch s = scratch<0>((3 * keys * dim + 6 * ld * dim + 3 * BLOCK * ld) * sizeof(C) +
-                           (2 * keys * dim + 2 * BLOCK * ld + ld * (dim + 2)) * sizeof(float) + SLACK);
+                           (2 * keys * dim + 2 * BLOCK * ld + ld * (dim + 2)) * sizeof(float) + ld * sizeof(T*) + SLACK);
     C *ks = s.take<C>(keys * dim), *vs = s.take<C>(keys * dim), *kt = s.take<C>(keys * dim);
     C *qs = s.take<C>(ld * dim), *gs = s.take<C>(ld * dim), *qt = s.take<C>(ld * dim), *gt = s.take<C>(ld * dim);
     C *q_pairs = s.take<C>(ld * dim), *g_pairs = s.take<C>(ld * dim);
     C *p = s.take<C>(BLOCK * ld), *ds = s.take<C>(BLOCK * ld), *ds_pairs = s.take<C>(BLOCK * ld);
     float *scores = s.take<float>(BLOCK * ld), *dp = s.take<float>(BLOCK * ld), *dqt = s.take<float>(ld * dim);
     float *lse2 = s.take<float>(ld), *delta = s.take<float>(ld);
+    T** targets = s.take<T*>(ld);
     const bool alone = !task.sums;
     if (alone) task.sums = s.take<float>(2 * keys * dim);
     float *dks = task.sums, *dvs = dks + sums(task.end);
@@ -479,7 +481,7 @@ struct Backward {
         product(m, dim, n, ds, ld, qr, dim, dks + b * dim, dim, true);
         product(dim, n, m, kt + b * dim, BLOCK, PAIR<C> == 2 ? ds_pairs : ds, ld, dqt, ld, b > 0);
       }
-      write_queries(dqt, ld, task, begin, end, n);
+      write_queries(dqt, ld, task, begin, end, n, targets);
     }
     if (alone) {
       task.begin = 0;
@@ -548,11 +550,13 @@ struct Backward {
     std::fill(delta + r, delta + n, 0.0f);
   }
 
-  void write_queries(const float* dqt, int64_t ld, const Task& task, int64_t begin, int64_t end, int64_t n) const {
-    const int64_t group = shape.group, used = (end - begin) * group;
-    each_transposed(dqt, shape.dim, n, ld, [&](int64_t d, int64_t r, const U8* block) {
-      for (int64_t i = 0; i < std::min<int64_t>(SIDE, used - r); i++)
-        store8(task.at(dq, begin + (r + i) / group, (r + i) % group) + d, (F8)block[i] * scale);
+  void write_queries(const float* dqt, int64_t ld, const Task& task, int64_t begin, int64_t end, int64_t n,
+                     T** targets) const {
+    int64_t used = 0;
+    for (int64_t t = begin; t < end; t++)
+      for (int64_t g = 0; g < shape.group; g++) targets[used++] = task.at(dq, t, g);
+    each_transposed(dqt, shape.dim, n, ld, [=, this](int64_t d, int64_t r, const U8* block) {
+      for (int64_t i = 0; i < std::min<int64_t>(SIDE, used - r); i++) store8(targets[r + i] + d, (F8)block[i] * scale);
     });
   }
 

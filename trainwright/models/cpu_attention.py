@@ -26,7 +26,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O2", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
