@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from trainwright.recipe import Loss
 
 CHUNK = 256  # rows of logits that exist at once: 256 x 49,152 in float32 is 50 MB
+STRIDE = 64  # rows are padded to a multiple of it: a new size of logits each time would leave the heap in pieces
 
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -32,9 +33,13 @@ def token_cross_entropy(
         The sum over the supervised positions (0-dim float32, differentiable in hidden and weight) and their number.
     """
     supervised = labels.flatten().ne(-100).nonzero().squeeze(1)
-    rows = hidden.flatten(0, -2).index_select(0, supervised)
-    targets = labels.flatten().index_select(0, supervised)
-    total = _ChunkedCrossEntropy.apply(rows, weight, targets, section.label_smoothing, section.z_loss, split or split_softmax)
+    index = pad(supervised, (0, -len(supervised) % STRIDE))
+    counts = torch.arange(len(index), device=index.device) < len(supervised)
+    rows = hidden.flatten(0, -2).index_select(0, index)
+    targets = labels.flatten().index_select(0, index).clamp(min=0)
+    total = _ChunkedCrossEntropy.apply(
+        rows, weight, targets, counts, section.label_smoothing, section.z_loss, split or split_softmax
+    )
     return total, len(supervised)
 
 
@@ -60,11 +65,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d loss/d W     = E' (a rows) - (1 - e) rows at the targets - e / V sum(rows)
 
     so that the softmax is never divided out nor the target subtracted over the whole vocabulary: that is left to small tensors.
+    Rows that don't count (padding) have every term times zero.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, smoothing: float, z_loss: float, split: Split
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        counts: Tensor,
+        smoothing: float,
+        z_loss: float,
+        split: Split,
     ) -> Tensor:
         need_rows, need_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(rows.dtype, torch.float32)
@@ -75,33 +88,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_head = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for start in range(0, len(rows), CHUNK):
             part = slice(start, start + CHUNK)
-            chunk, target = rows[part], targets[part]
+            chunk, target, real = rows[part], targets[part], counts[part, None].to(wide)
             logits = chunk @ head.T
             lse, exps, sums = split(logits)
             picked = logits.gather(1, target[:, None]).squeeze(1).to(wide)
-            total += (lse - (1 - smoothing) * picked + z_loss * lse.square()).sum()
-            factor = ((1 + 2 * z_loss * lse) / sums)[:, None]
+            total += (lse - (1 - smoothing) * picked + z_loss * lse.square()) @ real.squeeze(1)
+            factor = ((1 + 2 * z_loss * lse) / sums)[:, None] * real
             if mean_head is not None:
-                total -= smoothing * (chunk.to(wide) @ mean_head).sum()
+                total -= smoothing * (chunk.to(wide) @ mean_head) @ real.squeeze(1)
             if d_rows is not None:
-                gradient = factor * (exps @ head).to(wide) - (1 - smoothing) * head[target].to(wide)
-                d_rows[part] = gradient if mean_head is None else gradient - smoothing * mean_head
+                gradient = factor * (exps @ head).to(wide) - (1 - smoothing) * real * head[target].to(wide)
+                d_rows[part] = gradient if mean_head is None else gradient - smoothing * real * mean_head
             if d_head is not None:
                 d_head += exps.T @ (factor * chunk).to(rows.dtype)
-                d_head.index_add_(0, target, chunk.to(wide), alpha=smoothing - 1)
+                d_head.index_add_(0, target, real * chunk.to(wide), alpha=smoothing - 1)
                 if mean_head is not None:
-                    d_head -= smoothing / len(head) * chunk.to(wide).sum(0)
+                    d_head -= smoothing / len(head) * (real * chunk.to(wide)).sum(0)
         ctx.save_for_backward(d_rows, d_head)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         d_rows, d_head = ctx.saved_tensors
         scale = grads[0]
         rows = None if d_rows is None else d_rows * scale.to(d_rows.dtype)
         head = None if d_head is None else (d_head * scale).to(ctx.weight_dtype)
-        return rows, head, None, None, None, None
+        return rows, head, None, None, None, None, None
 
 
 def split_softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

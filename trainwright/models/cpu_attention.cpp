@@ -445,7 +445,8 @@ struct Backward {
     const int64_t dim = shape.dim, keys = round_up(task.end, BLOCK);
     const auto [tile, unit, ld] = tiles();
     Scratch s = scratch<0>((3 * keys * dim + 6 * ld * dim + 3 * BLOCK * ld) * sizeof(C) +
-                           (2 * keys * dim + 2 * BLOCK * ld + ld * (dim + 2)) * sizeof(float) + ld * sizeof(T*) + SLACK);
+                           (2 * keys * dim + 2 * BLOCK * ld + ld * (dim + 2)) * sizeof(float) +
+                           ld * sizeof(T*) + SLACK);
     C *ks = s.take<C>(keys * dim), *vs = s.take<C>(keys * dim), *kt = s.take<C>(keys * dim);
     C *qs = s.take<C>(ld * dim), *gs = s.take<C>(ld * dim), *qt = s.take<C>(ld * dim), *gt = s.take<C>(ld * dim);
     C *q_pairs = s.take<C>(ld * dim), *g_pairs = s.take<C>(ld * dim);
