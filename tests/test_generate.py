@@ -63,7 +63,9 @@ def test_targets(trained, name):
 
 def test_an_adapter_on_a_named_base_says_what_the_run_says(trained):
     texts = [
-        generate.main(target, prompt="the quick", chat=False, sampling=GREEDY, adapter=adapter, quiet=True)["answers"][0]["text"]
+        generate.main(target, prompt="the quick", chat=False, sampling=GREEDY, adapter=adapter, quiet=True)["answers"][0][
+            "text"
+        ]
         for target, adapter in ((str(trained / "run"), None), (str(trained / "base"), str(trained / "run" / "model")))
     ]
     assert texts[0] == texts[1]

@@ -34,6 +34,7 @@ def plain(hidden, weight, labels, smoothing, z_loss):
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
 def test_value_and_gradients_equal_torch(monkeypatch, smoothing, z_loss, chunk):
     monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "CHUNK_LEARNING_HEAD", chunk)
     hidden, weight, labels = case(torch.float64)
     section = Loss(label_smoothing=smoothing, z_loss=z_loss)
     total, count = token_cross_entropy(hidden, weight, labels, section)

@@ -23,6 +23,7 @@ from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built
 from trainwright.data import text
 from trainwright.loop import Run, accumulate
+from trainwright.machine import keep_freed_memory
 from trainwright.memory import precision
 from trainwright.models import decoder, pretrained, user
 from trainwright.models.contract import Change
@@ -47,6 +48,8 @@ def assemble(
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     built = assemble_model(recipe)
+    if built.device.type == "cpu":
+        keep_freed_memory()
     tokenizer = language.find_tokenizer(recipe, built.source)
     splits = splits or text.prepare(
         recipe.data,

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy, pad
 
 from trainwright.recipe import Loss
 
-CHUNK = 256  # rows of logits that exist at once: 256 x 49,152 in float32 is 50 MB
+CHUNK = 256  # rows of logits that exist at once: 256 x 49,152 in bfloat16 is 25 MB
+CHUNK_LEARNING_HEAD = 1024  # more where the head learns: each chunk costs a pass over its float32 gradient
 STRIDE = 64  # rows are padded to a multiple of it: a new size of logits each time would leave the heap in pieces
 
 
@@ -86,8 +87,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=rows.device)
         d_rows = torch.empty_like(rows) if need_rows else None
         d_head = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        for start in range(0, len(rows), CHUNK):
-            part = slice(start, start + CHUNK)
+        size = CHUNK_LEARNING_HEAD if need_weight else CHUNK
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
             chunk, target, real = rows[part], targets[part], counts[part, None].to(wide)
             logits = chunk @ head.T
             lse, exps, sums = split(logits)

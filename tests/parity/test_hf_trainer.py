@@ -18,7 +18,9 @@ def examples(batches):
         assert isinstance(batch, TextBatch)
         labels = torch.cat([torch.full((len(batch.labels), 1), -100), batch.labels[:, :-1]], 1)
         mask = (batch.positions == torch.arange(batch.tokens.shape[1])).long()
-        found += [{"input_ids": t, "labels": y, "attention_mask": m} for t, y, m in zip(batch.tokens, labels, mask, strict=True)]
+        found += [
+            {"input_ids": t, "labels": y, "attention_mask": m} for t, y, m in zip(batch.tokens, labels, mask, strict=True)
+        ]
     return found
 
 
