@@ -27,9 +27,7 @@ def test_greedy_is_transformers_greedy(tmp_path):
     speaker, base = generate.load(str(tmp_path / "base"))
     assert base is None
     prompt = speaker.tokenizer("the quick brown fox")["input_ids"]
-    mine = []
-    for token in speaker.tokens(prompt, GREEDY):
-        mine.append(token)
+    mine = list(speaker.tokens(prompt, GREEDY))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=next(speaker.model.parameters()).dtype)
     out = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
     assert mine == out[: len(mine)]

@@ -37,7 +37,8 @@ def theirs(model, data, folder, decay):
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=10, per_device_train_batch_size=4, learning_rate=5e-3, lr_scheduler_type="linear",
         warmup_steps=0, weight_decay=decay, max_grad_norm=0.5, optim="adamw_torch", train_sampling_strategy="sequential",
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True,
+        dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = NotingTrainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
