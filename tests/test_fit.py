@@ -269,3 +269,11 @@ def test_samples_before_and_after(tmp_path):
     assert len(result["samples"]) == 2
     assert set(result["samples"][0]) == {"prompt", "expected", "before", "after"}
     assert json.dumps(result)
+
+
+def test_a_start_that_failed_leaves_nothing_behind(tmp_path):
+    """Mending the recipe is enough: the folder isn't taken by what never ran."""
+    with pytest.raises(InputError, match="absent"):
+        fit.train(tiny.recipe(tmp_path, data__source=str(tmp_path / "absent.jsonl")), quiet=True)
+    assert not (tmp_path / "run").exists()
+    fit.train(tiny.recipe(tmp_path, training__steps=1), quiet=True)

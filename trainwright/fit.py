@@ -46,9 +46,10 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[
         InputError: something the user can mend. RunError, CheckpointError: the run failed.
         Interrupted: after Ctrl-C, when the checkpoint is written.
     """
-    folder = runfolder.prepare(recipe, resume)
+    folder = runfolder.check(recipe, resume)
     with Display(quiet) as display, Tracker(folder, recipe.tracking.tensorboard) as tracker:
         run = _assemble(recipe, display)
+        runfolder.begin(folder, recipe)
         session = _Session(recipe, folder, run, display, tracker, _peak(run))
         session.state = runfolder.restore(folder, run, display.say) if resume else {}
         _check_best(session)
@@ -113,7 +114,7 @@ def _steps(session: _Session) -> None:
                     f"stopped after step {run.step}, saved in {path}; to go on: "
                     f"trainwright train {session.folder / 'recipe.yaml'} --resume"
                 )
-    session.display.__exit__()
+    session.display.stop()
 
 
 def _due(run: Run, every: int | None) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainwright import build, language, runfolder
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
+from trainwright.data.text import render
 from trainwright.models.decoder import Decoder
 from trainwright.recipe import InputError, Lora, Model, Partial, Recipe, TextData
 from trainwright.sampling import Sampling
@@ -48,7 +49,7 @@ def encode(speaker: Speaker, messages: list[dict[str, str]], raw: bool) -> list[
     tokenizer = speaker.tokenizer
     if raw or not tokenizer.chat_template:
         return list(tokenizer(messages[-1]["content"])["input_ids"])
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, messages, "the prompt", add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -18,8 +18,8 @@ from trainwright.recipe_file import dump, load
 MODEL = "model"
 
 
-def prepare(recipe: Recipe, resume: bool) -> Path:
-    """Make the folder, or recognise it as this recipe's.
+def check(recipe: Recipe, resume: bool) -> Path:
+    """The run's folder, if this recipe may use it. Nothing is written yet: what follows may still refuse the recipe.
 
     Raises:
         InputError: it can't be written, holds another recipe's run, or holds this one's and ``resume`` wasn't asked for.
@@ -34,13 +34,24 @@ def prepare(recipe: Recipe, resume: bool) -> Path:
             )
     elif folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} isn't empty and holds no run; set run.folder to another place")
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise _unwritable(folder, f"{place} is {'not yours to write' if place.is_dir() else 'a file'}")
+    return folder
+
+
+def begin(folder: Path, recipe: Recipe) -> None:
+    """Make the folder, with the recipe and the environment in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, dump(recipe))
+        write_text(folder / "recipe.yaml", dump(recipe))
         write_text(folder / "environment.json", json.dumps(tracking.environment(), indent=2) + "\n")
     except OSError as error:
-        raise InputError(f"run.folder: {folder} can't be written ({error.strerror}); set run.folder to another place") from None
-    return folder
+        raise _unwritable(folder, str(error.strerror)) from None
+
+
+def _unwritable(folder: Path, why: str) -> InputError:
+    return InputError(f"run.folder: {folder} can't be written ({why}); set run.folder to another place")
 
 
 def _same_recipe(stored: Recipe, recipe: Recipe, folder: Path) -> None:
