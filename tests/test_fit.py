@@ -260,8 +260,11 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
+    recipe = tiny.recipe(tmp_path, run__folder=str(tmp_path / "file" / "run"))
     with pytest.raises(InputError, match=r"run\.folder"):
-        fit.train(tiny.recipe(tmp_path, run__folder=str(tmp_path / "file" / "run")), quiet=True)
+        runfolder.check(recipe, resume=False)  # before model and data are prepared
+    with pytest.raises(InputError, match=r"run\.folder"):
+        runfolder.begin(tmp_path / "file" / "run", recipe)
 
 
 def test_samples_before_and_after(tmp_path):

@@ -110,8 +110,7 @@ def initialize(model: nn.Module, generator: torch.Generator | None = None) -> No
     """A Kaiming-uniform as in PEFT (bound 1/sqrt(in_features)), B zero: the adapted model starts as the base."""
     for _, layer in adapted(model):
         bound = 1 / math.sqrt(layer.in_features)
-        fresh = torch.empty(layer.lora_A.shape, dtype=torch.float32, device=layer.lora_A.device)
-        layer.lora_A.copy_(fresh.uniform_(-bound, bound, generator=generator))
+        layer.lora_A.uniform_(-bound, bound, generator=generator)
         layer.lora_B.zero_()
 
 

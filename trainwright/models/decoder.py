@@ -271,6 +271,4 @@ class Decoder(nn.Module):
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
-                # Drawn in float32 whatever it is stored in: a frozen base must come out the same in each precision.
-                fresh = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-                parameter.copy_(fresh.normal_(0.0, self.config.initializer_range, generator=generator))
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
