@@ -20,7 +20,7 @@ from trainwright.data import loader
 from trainwright.data.packing import Counts, Documents
 from trainwright.data.text import TextSplits
 from trainwright.recipe import Recipe
-from trainwright.recipe_file import parse
+from trainwright.recipe.file import parse
 
 LENGTH = 512
 ROWS = {"dense": 2, "full": 2, "ragged": 3}  # ragged: three packed rows hold about the peer's eight examples

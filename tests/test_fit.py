@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from trainwright import build, checkpoint, fit, loop, runfolder
 from trainwright.recipe import InputError, RunError
-from trainwright.recipe_file import dump
+from trainwright.recipe.file import dump
 from trainwright.tracking import read_metrics
 
 DROPOUT = {"adapt__method": "lora", "adapt__rank": 4, "adapt__dropout": 0.1}

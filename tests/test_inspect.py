@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainwright.inspect import Layer, fold, inspect, render, table, totals
-from trainwright.recipe_file import parse
+from trainwright.recipe.file import parse
 
 OPTIONS = {
     "hidden_size": 32,

@@ -13,11 +13,11 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainwright import recipe_yaml
+from trainwright.recipe import yaml as recipe_yaml
 from trainwright.recipe import AdamW, InputError, Lora, Recipe, Section, nearest
-from trainwright.recipe_file import dump, load, parse, schema
-from trainwright.recipe_names import ALIASES
-from trainwright.recipe_types import known_paths
+from trainwright.recipe.file import dump, load, parse, schema
+from trainwright.recipe.names import ALIASES
+from trainwright.recipe.types import known_paths
 
 DATA = {"source": "python-docstrings"}
 quick = settings(max_examples=150, deadline=None)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainwright import build
-from trainwright.recipe_file import load
+from trainwright.recipe.file import load
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainwright.recipe import Recipe
-from trainwright.recipe_file import parse
+from trainwright.recipe.file import parse
 
 WORDS = [
     "the",

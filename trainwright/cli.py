@@ -191,7 +191,7 @@ def schema(as_json: AsJson = False) -> Job:
     """Print the JSON Schema of recipes, for editors."""
 
     def work() -> Result:
-        from trainwright import recipe_file
+        from trainwright.recipe import file as recipe_file
 
         return recipe_file.schema()
 
@@ -199,7 +199,7 @@ def schema(as_json: AsJson = False) -> Job:
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Recipe:
-    from trainwright.recipe_file import load
+    from trainwright.recipe.file import load
 
     return load(path, overrides or ())
 

@@ -13,7 +13,7 @@ import torch
 from trainwright import checkpoint, tracking
 from trainwright.loop import Run
 from trainwright.recipe import InputError, Recipe
-from trainwright.recipe_file import dump, load
+from trainwright.recipe.file import dump, load
 
 MODEL = "model"
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from trainwright import build
-from trainwright.recipe_file import parse
+from trainwright.recipe.file import parse
 
 
 @pytest.fixture(scope="module")

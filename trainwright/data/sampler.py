@@ -49,11 +49,11 @@ def held_out_ids(seed: int, documents: int, fraction: float) -> tuple[np.ndarray
             "set held_out to another file, or to null to do without"
         )
     held_out = min(max(round(fraction * documents), 1), documents - 1)
-    order = _shuffled((seed, *HELD_OUT), documents)
+    order = shuffled((seed, *HELD_OUT), documents)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _shuffled(entropy: tuple[int, ...], count: int) -> np.ndarray:
+def shuffled(entropy: tuple[int, ...], count: int) -> np.ndarray:
     """An order of ``range(count)`` that depends on the numbers in ``entropy`` alone, (count,) int64.
 
     NOTE: sorted raw words of a counter-based generator, because NumPy guarantees the stream of a bit generator for good
@@ -67,6 +67,6 @@ def _shuffled(entropy: tuple[int, ...], count: int) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
     """The order in which an epoch visits the rows, (rows,) int64, read-only since it is shared."""
-    order = _shuffled((seed, epoch), rows)
+    order = shuffled((seed, epoch), rows)
     order.setflags(write=False)
     return order

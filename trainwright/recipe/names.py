@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from trainwright.recipe import Section
-from trainwright.recipe_types import either, known_paths
+from trainwright.recipe.types import either, known_paths
 
 # Names of Hugging Face's TrainingArguments, PEFT's LoraConfig, TRL, axolotl and LLaMA-Factory that people type
 # from habit: "key of the recipe", "key: value" or "key; a remark".

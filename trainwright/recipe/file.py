@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainwright import recipe_yaml
+from trainwright.recipe import yaml as recipe_yaml
 from trainwright.recipe import InputError, Recipe, nearest
-from trainwright.recipe_faults import complete, explain
-from trainwright.recipe_types import shown
+from trainwright.recipe.faults import complete, explain
+from trainwright.recipe.types import shown
 
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from trainwright.recipe import Recipe, Section
-from trainwright.recipe_names import advice
-from trainwright.recipe_types import (
+from trainwright.recipe.names import advice
+from trainwright.recipe.types import (
     allowed,
     choice,
     default_tag,

@@ -1,0 +1,63 @@
+"""The whole recipe, and the rules that hold between its sections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trainwright.recipe.base import Section
+from trainwright.recipe.data import Data, TextData
+from trainwright.recipe.learning import AdamW, Cosine, CrossEntropy, Loss, Optimizer, Schedule
+from trainwright.recipe.model import Adapt, Full, Model
+from trainwright.recipe.running import Checkpoint, Evaluation, RunOptions, Tracking, Training
+
+DECODER = "decoder"
+
+
+class Recipe(Section):
+    """Everything about a run. One key, one place."""
+
+    model: Model = Field(default_factory=Model)
+    adapt: Adapt = Field(default_factory=Full)
+    data: Data
+    loss: Loss = Field(default_factory=CrossEntropy)
+    metrics: list[str] | None = Field(
+        None, description="measured on the held-out data; null: what suits the task. accuracy, top_5, precision, recall, f1, ..."
+    )
+    optimizer: Optimizer = Field(default_factory=AdamW)
+    schedule: Schedule = Field(default_factory=Cosine)
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: products in bf16, frozen weights stored in bf16, trained ones keep fp32 masters"
+    )
+    training: Training = Field(default_factory=Training)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    tracking: Tracking = Field(default_factory=Tracking)
+    run: RunOptions = Field(default_factory=RunOptions)
+
+    @model_validator(mode="after")
+    def _everything_has_an_effect(self) -> Recipe:
+        evaluation = self.evaluation
+        if self.data.held_out is None and (evaluation.every or evaluation.best or evaluation.stop):
+            raise ValueError("evaluation.every, best and stop need held-out data: set data.held_out")
+        if evaluation.stop and not evaluation.every:
+            raise ValueError("evaluation.stop looks at the evaluations on the way: set evaluation.every")
+        return self
+
+    @model_validator(mode="after")
+    def _model_and_data_suit(self) -> Recipe:
+        text = isinstance(self.data, TextData)
+        if not text and self.model.architecture == DECODER:
+            raise ValueError(f"model.architecture: a decoder reads text; data.kind is {self.data.kind}, so name another one")
+        if text and (not isinstance(self.loss, CrossEntropy) or self.loss.weights or self.loss.ignore_index is not None):
+            raise ValueError("loss: text is learned with cross_entropy, without weights and ignore_index")
+        if text and self.metrics is not None:
+            raise ValueError("metrics: text has loss and perplexity, always")
+        if not text and self.evaluation.samples:
+            raise ValueError("evaluation.samples: only language models answer prompts")
+        if not text and self.model.tokenizer:
+            raise ValueError(f"model.tokenizer has no effect: data.kind is {self.data.kind}")
+        return self
+
+
