@@ -10,31 +10,34 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from trainwright import flops, language, metrics, optim, saving
+from trainwright import ema, language, optim, runfolder, schedules
 from trainwright.adapt import full, lora
 from trainwright.adapt import partial as partial_tuning
-from trainwright.built import Built
+from trainwright.built import Built, Part, Shape
 from trainwright.data import text
 from trainwright.loop import Run, accumulate
-from trainwright.machine import keep_freed_memory
-from trainwright.memory import precision
-from trainwright.models import decoder, pretrained, user
+from trainwright.memory import layout, precision
+from trainwright.models import catalogue, decoder, init, pretrained, user
 from trainwright.models.contract import Change
-from trainwright.recipe import InputError, Lora, Partial, Recipe
+from trainwright.predictor import Predictor
+from trainwright.recipe import Init, InputError, Lora, Partial, Recipe, TextData, nearest
+
+Progress = Callable[[str, int], None]
 
 
 def assemble(
     recipe: Recipe,
     *,
     splits: text.TextSplits | None = None,
-    progress: Callable[[str, int], None] = lambda what, done: None,
+    progress: Progress = lambda what, done: None,
 ) -> Run:
     """The whole program of a recipe.
 
@@ -47,64 +50,81 @@ def assemble(
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    built = assemble_model(recipe)
-    if built.device.type == "cpu":
-        keep_freed_memory()
-    tokenizer = language.find_tokenizer(recipe, built.source)
-    splits = splits or text.prepare(
-        recipe.data,
-        tokenizer,
-        model_length=built.config.get("max_position_embeddings"),
-        seed=recipe.run.seed,
-        progress=partial(progress, "tokenised"),
-    )
-    language.check_packing(recipe, built.model)
-    batches = language.make_loader(recipe, splits.train, tokenizer, built.device)
-    steps = recipe.training.steps or max(1, round((recipe.training.epochs or 1) * batches.steps_per_epoch))
-    rate = optim.schedule(recipe.schedule, recipe.optimizer.learning_rate, steps)
-    materialise(built, recipe)
-    compiled = compile_blocks(built, recipe)
-    groups = optim.parameter_groups(built.model.named_parameters(), recipe.optimizer.weight_decay)
+    if isinstance(recipe.data, TextData):
+        built = assemble_model(recipe)
+        documents = language.prepare(recipe, built, splits, progress)
+        fill(built, recipe)
+        part = language.join(recipe, built, documents, compiles(recipe, built))
+    else:
+        from trainwright import supervised  # NOTE: here, because text needn't wait for the libraries of images and metrics
+
+        samples = supervised.prepare(recipe, progress)
+        built = assemble_model(recipe, samples.shape)
+        fill(built, recipe)
+        part = supervised.join(recipe, built, samples)
+    return _program(recipe, built, part)
+
+
+def _program(recipe: Recipe, built: Built, part: Part) -> Run:
+    """Model and data with all that makes steps of them."""
+    _check_chosen(recipe, part)
+    per_epoch = part.batches.steps_per_epoch
+    steps = recipe.training.steps or max(1, round((recipe.training.epochs or 1) * per_epoch))
+    groups = optim.parameter_groups(built.model.named_parameters(), recipe.optimizer)
+    optimizer = optim.make_optimizer(groups, recipe.optimizer)
     trained = [p for p in built.model.parameters() if p.requires_grad]
-    objective = language.objective_of(built, recipe, compiles(recipe, built.device))
+    average = ema.Average(built.model, recipe.training.ema) if recipe.training.ema else None
+    if average:
+        optimizer.register_step_post_hook(average.update)
     return Run(
         recipe=recipe,
         model=built.model,
-        changes=[*built.changes, compiled],
+        changes=built.changes,
         device=built.device,
-        optimizer=optim.make_optimizer(groups, recipe.optimizer),
-        rate=rate,
+        optimizer=optimizer,
+        factor=schedules.factor(recipe.schedule, steps),
         steps=steps,
-        batch=batches.batch,
-        identity=batches.identity,
-        objective=objective,
-        forward_backward=partial(accumulate, objective),
+        steps_per_epoch=per_epoch,
+        batch=part.batches.batch,
+        identity=part.batches.identity,
+        forward_backward=partial(accumulate, part.objective, part.count),
         clip=partial(optim.clip_, trained, recipe.training.clip_norm),
-        held_out=language.held_out_batches(recipe, splits.held_out, batches),
-        metrics=metrics.language_model,
-        flops=flops.counter(flops.decoder_work(built.model, built.model.config))
-        if isinstance(built.model, decoder.Decoder)
-        else None,
-        save=partial(saving.save_model, recipe, built.model, built.config, built.source, tokenizer),
+        splits=part.splits,
+        measure=part.measure,
+        flops=part.flops,
+        save=part.save,
         compute_dtype=built.compute_dtype,
-        steps_per_epoch=batches.steps_per_epoch,
-        notes=language.data_notes(splits, batches),
-        samples=language.samples(built, tokenizer, splits.held_out)
-        if isinstance(built.model, decoder.Decoder) and splits.held_out
-        else None,
+        samples=part.samples,
+        pictures=part.pictures,
+        unit=part.unit,
+        notes=part.notes,
+        averaged=average.swapped if average else nullcontext,
+        extra=average,
     )
 
 
-def assemble_model(recipe: Recipe, *, frozen: bool = False) -> Built:
-    """The model with its techniques applied, in their order; a decoder still on the meta device, without values.
+def _check_chosen(recipe: Recipe, part: Part) -> None:
+    """What chooses the best, or when to stop, must be measured."""
+    for key in ("best", "stop"):
+        chosen = getattr(recipe.evaluation, key)
+        if chosen and chosen.metric not in part.measures:
+            raise InputError(
+                f"evaluation.{key}.metric: {chosen.metric!r} isn't measured{nearest(chosen.metric, part.measures)}; "
+                f"measured are {', '.join(part.measures)}; see the key metrics"
+            )
+
+
+def assemble_model(recipe: Recipe, shape: Shape | None = None, *, frozen: bool = False) -> Built:
+    """The model with its techniques applied, in their order; one of ours still on the meta device, without values.
 
     Args:
+        shape: what the data asks for; a decoder needs none.
         frozen: nothing will learn, so that everything may be stored in the compute dtype.
     """
     place = choose_device(recipe.run.device)
     source = pretrained.locate(recipe.model.pretrained) if recipe.model.pretrained else None
-    model, config = _make(recipe, source)
-    kind = precision.choose(recipe.precision, place)
+    model, config = _make(recipe, source, shape)
+    kind = precision.choose(_wished_precision(recipe), place)
     changes = [_adapt(model, recipe)]  # which parameters learn; new ones (LoRA) appear here
     if frozen:
         model.requires_grad_(False)
@@ -112,11 +132,21 @@ def assemble_model(recipe: Recipe, *, frozen: bool = False) -> Built:
     return Built(model, changes, config, source, kind, place)
 
 
-def _make(recipe: Recipe, source: pretrained.Source | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The plain model and its config.json; a decoder on the meta device, a user's module where it makes itself."""
+def _wished_precision(recipe: Recipe) -> Literal["auto", "fp32", "bf16"]:
+    """Models of tables and series are small and answer with numbers: bf16 would cost digits and save nothing."""
+    return "fp32" if recipe.precision == "auto" and recipe.data.kind in ("table", "series") else recipe.precision
+
+
+def _make(recipe: Recipe, source: pretrained.Source | None, shape: Shape | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The plain model and its config.json; ours on the meta device, a user's module where it makes itself."""
     section = recipe.model
+    if section.architecture in catalogue.NAMES:
+        assert shape is not None
+        with torch.device("meta"):
+            return catalogue.make(section.architecture, section.options, shape.inputs, shape.task), {}
     if section.architecture != "decoder":
-        return user.make(section.architecture, section.options, recipe.run.seed), {}
+        inputs, outputs = (shape.inputs, shape.task.outputs) if shape else (None, None)
+        return user.make(section.architecture, section.options, recipe.run.seed, inputs=inputs, outputs=outputs), {}
     decoder.check_options(section.options)
     if source is None and not section.options:
         raise InputError("model: give model.pretrained (weights to start from) or model.options (the keys of a config.json)")
@@ -150,27 +180,69 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_model(recipe: Recipe) -> Built:
+def shape_of(recipe: Recipe) -> Shape | None:
+    """What the data asks of the model; reads the data, unless it is text."""
+    if isinstance(recipe.data, TextData):
+        return None
+    from trainwright import supervised
+
+    return supervised.prepare(recipe, lambda what, done: None).shape
+
+
+def load_predictor(folder: Path) -> Predictor:
+    """What a finished run of samples makes of new ones.
+
+    Raises:
+        InputError: the run hasn't finished, or is one of a language model.
+    """
+    recipe = runfolder.finished(folder)
+    if isinstance(recipe.data, TextData):
+        raise InputError(f"{folder} is the run of a language model; ask it with: trainwright generate {folder}")
+    from trainwright import supervised
+
+    preparation, task = supervised.read_saved(folder / runfolder.MODEL)
+    built = load_model(recipe, Shape(preparation.shape, task))
+    return supervised.predictor(built, preparation, task)
+
+
+def load_model(recipe: Recipe, shape: Shape | None = None) -> Built:
     """The model of a recipe with its values, for use alone: nothing learns, everything is stored in the compute dtype."""
-    built = assemble_model(recipe, frozen=True)
+    built = assemble_model(recipe, shape, frozen=True)
     materialise(built, recipe)
+    built.changes.append(layout.apply(built.model))
     built.model.eval()
     return built
 
 
+def fill(built: Built, recipe: Recipe) -> None:
+    """Values, then what needs them to be there."""
+    materialise(built, recipe)
+    built.changes.append(layout.apply(built.model))
+    built.changes.append(compile_blocks(built, recipe))
+
+
 def materialise(built: Built, recipe: Recipe) -> None:
     """Give every parameter its values: the weights', the seed's for what they lack, those of an adapter to go on from."""
-    model, device = built.model, built.device
+    model, device, seed = built.model, built.device, recipe.run.seed
+    kept: set[str] = set()
     if built.source is not None:
         report = pretrained.load_into(
             model, pretrained.open_weights(built.source), match=recipe.model.match, device=device, ignore=lora.is_factor
         )
         built.changes.insert(0, Change("pretrained", report.describe()))
-    unmade = pretrained.allocate(model, device)
+        kept = set(report.matched)
+    # A user's module brings its own values.
+    made = {name for name, p in model.named_parameters() if not (p.is_meta or lora.is_factor(name))}
+    unmade = {name for name in pretrained.allocate(model, device) if not lora.is_factor(name)}
     model.to(device)
-    generator = torch.Generator(device).manual_seed(recipe.run.seed)
+    generator = torch.Generator(device).manual_seed(seed)
     if isinstance(model, decoder.Decoder):
-        model.initialize({name for name in unmade if not lora.is_factor(name)}, generator)
+        model.initialize(unmade, generator)
+        unmade = unmade if recipe.model.init != Init() else set()
+    elif recipe.model.init != Init():
+        unmade |= made - kept
+    if unmade or recipe.model.init != Init():
+        built.changes.append(init.initialize(model, recipe.model.init, unmade, seed))
     lora.initialize(model, generator)
     start = getattr(recipe.adapt, "start", None)
     if start is not None:
@@ -178,18 +250,21 @@ def materialise(built: Built, recipe: Recipe) -> None:
         load(model, Path(start), pretrained.fingerprint(built.source) if built.source else None)
 
 
-def compiles(recipe: Recipe, device: torch.device) -> bool:
-    """Whether this run compiles: as it says, or where a compiler is found."""
+def compiles(recipe: Recipe, built: Built) -> bool:
+    """Whether this run compiles: as it says; else language models, where a compiler is found."""
     if recipe.run.compile == "auto":
-        return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+        if not isinstance(recipe.data, TextData):
+            return False
+        return built.device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
     return recipe.run.compile == "on"
 
 
 def compile_blocks(built: Built, recipe: Recipe) -> Change:
     """Compile the forward of each block; equal blocks share one graph. The module and its names stay."""
-    if not compiles(recipe, built.device):
-        reason = "no C++ compiler found" if recipe.run.compile == "auto" else "run.compile is off"
-        return Change("compile", f"not compiled: {reason}")
+    if not compiles(recipe, built):
+        text = isinstance(recipe.data, TextData)
+        auto = "no C++ compiler found" if text else "it takes longer than it saves; run.compile: on does it all the same"
+        return Change("compile", f"not compiled: {auto if recipe.run.compile == 'auto' else 'run.compile is off'}")
     blocks = built.model.blocks() if isinstance(built.model, decoder.Decoder) else [built.model]
     # torch warns of a CUDA toolkit without a GPU, which is no news to who trains on the CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

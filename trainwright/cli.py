@@ -81,16 +81,86 @@ def train(
 
 
 @app.command()
-def evaluate(run: RunFolder, as_json: AsJson = False) -> Job:
-    """Measure a run's final model on its held-out data."""
+def evaluate(
+    run: RunFolder,
+    split: Annotated[
+        Literal["held_out", "test"] | None, typer.Option(help="which data; by default test where there is one")
+    ] = None,
+    as_json: AsJson = False,
+) -> Job:
+    """Measure a run's final model on data it wasn't trained on, and draw the results."""
 
     def work() -> Result:
         folder = _run_folder(run)
         from trainwright import fit
 
-        return fit.evaluate(folder)
+        return fit.evaluate(folder, split)
 
     return Job(work, as_json)
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="images, tables, arrays, or folders of them")],
+    out: Annotated[Path | None, typer.Option(help="where predicted masks go; by default RUN/predictions")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples at once")] = 64,
+    as_json: AsJson = False,
+) -> Job:
+    """Let a trained model judge new images, rows or series."""
+
+    def work() -> Result:
+        folder = _run_folder(run)
+        from trainwright import predict as prediction
+
+        emit = None if as_json else lambda record: print(prediction.render(record), flush=True)
+        return prediction.predict(folder, inputs, batch_size=batch_size, out=out, emit=emit)
+
+    return Job(work, as_json)
+
+
+@app.command("find-lr")
+def find_lr(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    start: Annotated[float, typer.Option(help="the first learning rate")] = 1e-7,
+    end: Annotated[float, typer.Option(help="the last one, unless the loss explodes before")] = 10.0,
+    steps: Annotated[int, typer.Option(min=2, help="how many rates between them")] = 100,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the picture")] = Path("find-lr.png"),
+    as_json: AsJson = False,
+) -> Job:
+    """Try rising learning rates, draw the losses, and suggest a rate."""
+
+    def work() -> Result:
+        settings = _load(recipe, overrides)
+        from trainwright import find_lr as finding
+
+        return finding.main(settings, start=start, end=end, steps=steps, out=out)
+
+    def show(result: Result) -> None:
+        print(f"suggested: {result['suggestion']:.2g}" if result["suggestion"] else "no rate makes the loss fall")
+        print(f"picture:   {result['picture']}")
+
+    return Job(work, as_json, show)
+
+
+@app.command("plot-schedule")
+def plot_schedule(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="of the run, where the recipe gives epochs")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the picture")] = Path("schedule.png"),
+    as_json: AsJson = False,
+) -> Job:
+    """Draw the learning rate over the steps."""
+
+    def work() -> Result:
+        settings = _load(recipe, overrides)
+        from trainwright import plot_schedule as plotting
+
+        return plotting.plot_schedule(settings, steps, out)
+
+    return Job(work, as_json, lambda result: print(f"picture: {result['picture']}"))
 
 
 @app.command()

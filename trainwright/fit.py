@@ -13,12 +13,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trainwright import build, checkpoint, loop, runfolder
+import torch
+
+from trainwright import build, checkpoint, loop, runfolder, stopping
 from trainwright.console import Display
 from trainwright.loop import Run, StepResult
 from trainwright.machine import matrix_product_rate
 from trainwright.recipe import InputError, Recipe
 from trainwright.tracking import Tracker
+
+HELD_OUT = "held_out"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -103,11 +107,13 @@ def _steps(session: _Session) -> None:
         session.state["samples"] = _samples(session)
     session.display.start(run.steps, run.step)
     with _stoppable() as stop:
-        for result in loop.train(run):
+        for result in [] if session.state.get("stopped") else loop.train(run):
             _report(session, result)
             if run.step == run.steps:
                 break
             best = _due(run, recipe.evaluation.every) and _evaluate(session)
+            if session.state.get("stopped"):
+                break
             path = _checkpoint(session) if best or stop or _due(run, recipe.checkpoint.every) else None
             if stop:
                 raise Interrupted(
@@ -117,8 +123,9 @@ def _steps(session: _Session) -> None:
     session.display.stop()
 
 
-def _due(run: Run, every: int | None) -> bool:
-    return every is not None and run.step % every == 0
+def _due(run: Run, every: int | str | None) -> bool:
+    interval = run.steps_per_epoch if every == "epoch" else every
+    return isinstance(interval, int) and run.step % interval == 0
 
 
 @contextmanager
@@ -168,14 +175,27 @@ def _report(session: _Session, result: StepResult) -> None:
 def _evaluate(session: _Session) -> bool:
     """Measure, tell and remember; True where these are the best weights so far."""
     run = session.run
-    if run.held_out is None:
+    if HELD_OUT not in run.splits:
         return False
     values = loop.evaluate(run)
-    session.tracker.log(run.step, values, split="held_out")
+    session.tracker.log(run.step, values, split=HELD_OUT)
     session.state["evaluations"][str(run.step)] = values
     shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
     session.display.say(f"held-out after step {run.step}: {shown}")
+    _watch(session, values)
     return _is_best(session, values)
+
+
+def _watch(session: _Session, values: dict[str, float]) -> None:
+    """Note whether it is time to stop early."""
+    section = session.recipe.evaluation.stop
+    if section is None or session.run.step == 0:
+        return
+    session.state["patience"], stop = stopping.observe(section, session.state.get("patience", {}), values[section.metric])
+    if stop:
+        session.state["stopped"] = True
+        times = f"{section.patience} evaluation{'s' * (section.patience > 1)}"
+        session.display.say(f"stopped early after step {session.run.step}: {section.metric} wasn't better for {times}")
 
 
 def _samples(session: _Session) -> list[dict[str, str]]:
@@ -192,7 +212,7 @@ def _is_best(session: _Session, values: dict[str, float]) -> bool:
     if best is None or session.run.step == 0 or not math.isfinite(values[best.metric]):
         return False
     value = values[best.metric]
-    better = known is None or (value < known["value"] if best.direction == "minimize" else value > known["value"])
+    better = stopping.better(best.direction, value, known["value"] if known else None)
     if better:
         session.state["best"] = {"step": session.run.step, "value": value, "metric": best.metric}
     return better
@@ -216,11 +236,12 @@ def _finish(session: _Session) -> dict[str, Any]:
         tensors, _ = checkpoint.read(checkpoint.path_of(folder, best["step"]))
         runfolder.restore_weights(run, tensors)
         session.display.say(f"the final model is the best one: step {best['step']}, {best['metric']} {best['value']:.4f}")
-    run.save(folder / runfolder.MODEL)
+    with run.averaged():
+        run.save(folder / runfolder.MODEL)
     samples = _compared(session)
     evaluations = session.state["evaluations"]
     session.display.say(f"model: {folder / runfolder.MODEL}")
-    session.display.say(f"next:  trainwright generate {folder} --chat")
+    session.display.say(f"next:  {_next_command(session)}")
     return {
         "folder": str(folder),
         "model": str(folder / runfolder.MODEL),
@@ -230,6 +251,13 @@ def _finish(session: _Session) -> dict[str, Any]:
         "samples": samples,
         "changes": {change.technique: change.summary for change in run.changes},
     }
+
+
+def _next_command(session: _Session) -> str:
+    """What a person would type now."""
+    if session.run.samples is not None or session.run.unit == "tokens":
+        return f"trainwright generate {session.folder} --chat"
+    return f"trainwright evaluate {session.folder}" if session.run.splits else f"trainwright predict {session.folder} INPUT"
 
 
 def _compared(session: _Session) -> list[dict[str, str]]:
@@ -244,17 +272,49 @@ def _compared(session: _Session) -> list[dict[str, str]]:
     return pairs
 
 
-def evaluate(folder: Path, *, quiet: bool = False) -> dict[str, Any]:
-    """Measure a finished run's model on its held-out data; gives what ``--json`` prints."""
+def evaluate(folder: Path, split: str | None = None, *, quiet: bool = False) -> dict[str, Any]:
+    """Measure a finished run's model, and draw what can be drawn; gives what ``--json`` prints.
+
+    Args:
+        split: held_out or test; by default test where there is one.
+
+    Raises:
+        InputError: the run has no such data.
+    """
+    from trainwright.report import curves  # NOTE: here, because training needn't wait for matplotlib
+
     recipe = runfolder.finished(folder)
-    if recipe.data.held_out is None:
-        raise InputError(
-            f"{folder}: its recipe has no held-out data (data.held_out is null), so there is nothing to measure on"
-        )
     with Display(quiet) as display:
         started = time.perf_counter()
         run = _assemble(recipe, display)
-        values = loop.evaluate(run)
+        split = split or ("test" if "test" in run.splits else HELD_OUT)
+        if split not in run.splits:
+            has = f"; it has {', '.join(run.splits)}" if run.splits else ""
+            raise InputError(
+                f"{folder}: its recipe has no {split} data (data.{split} is null){has}, so there is nothing to measure on"
+            )
+        values = loop.evaluate(run, split)
         rows = [[name, f"{value:.4f}"] for name, value in values.items()]
-        display.table(f"held-out data of {folder}", ["metric", "value"], rows)
-    return {"folder": str(folder), "held_out": values, "seconds": time.perf_counter() - started}
+        display.table(f"{split.replace('_', '-')} data of {folder}", ["metric", "value"], rows)
+        drawn = [
+            *_draw(run, folder / "plots", split, values),
+            curves.training(folder / "metrics.jsonl", folder / "plots/training.png"),
+        ]
+        for path in drawn:
+            display.say(f"picture: {path}")
+    return {
+        "folder": str(folder),
+        "split": split,
+        split: values,
+        "plots": [str(path) for path in drawn],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+@torch.no_grad()
+def _draw(run: Run, folder: Path, split: str, values: dict[str, float]) -> list[Path]:
+    """Pictures of a split, where the kind of data has any."""
+    if run.pictures is None:
+        return []
+    run.model.eval()
+    return run.pictures(folder, split, values)

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class Work(NamedTuple):
@@ -39,3 +41,19 @@ def _products(layer: nn.Module) -> float:
 def counter(work: Work) -> Callable[[Any], float]:
     """A micro-batch to the operations of its forward and backward; padding counts for nothing."""
     return lambda batch: work.token * batch.size + work.supervised * batch.supervised + work.pair * batch.pairs
+
+
+def sample_counter(model: nn.Module, forward: Callable[[Tensor], Tensor], sample: Tensor) -> Callable[[Any], float] | None:
+    """The same for samples, from one forward of ``sample`` (1, *shape): three times its work, where everything learns.
+
+    None where something is frozen, or the forward has no operation that can be counted.
+    """
+    if not all(p.requires_grad for p in model.parameters()):
+        return None
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        forward(sample)
+    model.train(was_training)
+    work = 3.0 * counted.get_total_flops()
+    return (lambda batch: work * batch.size) if work else None

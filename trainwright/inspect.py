@@ -36,7 +36,7 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
         InputError: a recipe whose model can't be made.
     """
     # NOTE: the recipe's own device and not "meta", because `precision: auto` depends on it.
-    built = build.assemble_model(recipe)
+    built = build.assemble_model(recipe, build.shape_of(recipe))
     layers = table(built.model)
     return {
         "layers": [asdict(layer) for layer in layers],

@@ -5,25 +5,91 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from trainwright import losses
-from trainwright.built import Built
+from trainwright import flops, losses, saving
+from trainwright.built import Built, Part
 from trainwright.data import loader, packing, text
 from trainwright.loop import Sample
 from trainwright.memory import precision
+from trainwright.metrics.language import LANGUAGE_MODEL, language_model
 from trainwright.models import decoder, pretrained
-from trainwright.recipe import InputError, Recipe
+from trainwright.recipe import CrossEntropy, InputError, Recipe, TextData
 from trainwright.sampling import Sampling, tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # enough for efficient products on each
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised documents, and the tokenizer."""
+
+    splits: text.TextSplits
+    tokenizer: PreTrainedTokenizerFast
+
+
+def prepare(recipe: Recipe, built: Built, splits: text.TextSplits | None, progress: Callable[[str, int], None]) -> Data:
+    """Tokenise ``recipe.data``, unless ``splits`` are given.
+
+    Raises:
+        InputError: the data is wrong, or doesn't suit the model.
+    """
+    tokenizer = find_tokenizer(recipe, built.source)
+    splits = splits or text.prepare(
+        text_of(recipe),
+        tokenizer,
+        model_length=built.config.get("max_position_embeddings"),
+        seed=recipe.run.seed,
+        progress=partial(progress, "tokenised"),
+    )
+    check_packing(recipe, built.model)
+    return Data(splits, tokenizer)
+
+
+def join(recipe: Recipe, built: Built, data: Data, compiled: bool) -> Part:
+    """Batches, objective and metrics of a language model."""
+    splits, tokenizer, model = data.splits, data.tokenizer, built.model
+    batches = make_loader(recipe, splits.train, tokenizer, built.device)
+    held_out = held_out_batches(recipe, splits.held_out, batches)
+    objective = objective_of(built, recipe, compiled)
+    speaks = isinstance(model, decoder.Decoder)
+    return Part(
+        batches=batches,
+        objective=objective,
+        count=lambda batch: batch.supervised,
+        splits={"held_out": held_out} if held_out else {},
+        measure=partial(_measure, objective),
+        measures=LANGUAGE_MODEL,
+        save=partial(saving.save_model, recipe, model, built.config, built.source, tokenizer),
+        unit="tokens",
+        flops=flops.counter(flops.decoder_work(model, model.config)) if isinstance(model, decoder.Decoder) else None,
+        samples=samples(built, tokenizer, splits.held_out) if speaks and splits.held_out else None,
+        notes=data_notes(splits, batches),
+    )
+
+
+def _measure(
+    objective: Callable[[Any], Tensor], batches: Iterable[loader.TextBatch], progress: Callable[[int], None]
+) -> dict[str, float]:
+    total, count = 0.0, 0
+    for batch in batches:
+        total, count = total + objective(batch).item(), count + batch.supervised
+        progress(batch.size)
+    return language_model(total, count)
+
+
+def text_of(recipe: Recipe) -> TextData:
+    """The section ``data`` of a language model's recipe."""
+    assert isinstance(recipe.data, TextData)
+    return recipe.data
 
 
 def find_tokenizer(recipe: Recipe, source: pretrained.Source | None) -> PreTrainedTokenizerFast:
@@ -37,21 +103,23 @@ def find_tokenizer(recipe: Recipe, source: pretrained.Source | None) -> PreTrain
     return pretrained.load_tokenizer(source)
 
 
-def objective_of(built: Built, recipe: Recipe, compiled: bool) -> Callable[[Any], tuple[Tensor, int]]:
-    """A text batch to its summed loss and the number of supervised tokens."""
+def objective_of(built: Built, recipe: Recipe, compiled: bool) -> Callable[[Any], Tensor]:
+    """A text batch to its loss, summed over the supervised tokens."""
+    assert isinstance(recipe.loss, CrossEntropy)
+    section = recipe.loss
     model, takes_documents = built.model, _takes_documents(built.model)
     split = torch.compile(losses.split_softmax, dynamic=True) if compiled else losses.split_softmax
     head_weight: Callable[[], Tensor] | None = getattr(model, "head_weight", None)
 
-    def objective(batch: loader.TextBatch) -> tuple[Tensor, int]:
+    def objective(batch: loader.TextBatch) -> Tensor:
         batch = batch.to(built.device)
         torch._dynamo.mark_dynamic(batch.documents, 0)  # else each number of documents would be compiled anew
         with precision.context(built.precision, built.device):
             inputs = (batch.tokens, batch.positions, batch.documents) if takes_documents else (batch.tokens,)
             out = model(*inputs)
             if head_weight is not None:
-                return losses.token_cross_entropy(out, head_weight(), batch.labels, recipe.loss, split)
-            return losses.logits_cross_entropy(out, batch.labels, recipe.loss)
+                return losses.token_cross_entropy(out, head_weight(), batch.labels, section, split)[0]
+            return losses.logits_cross_entropy(out, batch.labels, section)[0]
 
     return objective
 
@@ -87,7 +155,7 @@ def _takes_documents(model: nn.Module) -> bool:
 
 
 def check_packing(recipe: Recipe, model: nn.Module) -> None:
-    if recipe.data.packing and not _takes_documents(model):
+    if text_of(recipe).packing and not _takes_documents(model):
         raise InputError(
             f"data.packing: {recipe.model.architecture} takes no documents in its forward, so packed documents would attend to "
             "each other; set data.packing: false, or take (tokens, positions, documents)"
@@ -95,8 +163,8 @@ def check_packing(recipe: Recipe, model: nn.Module) -> None:
 
 
 def _rows(recipe: Recipe, documents: packing.Documents) -> list:
-    if recipe.data.packing:
-        return packing.pack(documents.lengths, recipe.data.sequence_length)
+    if text_of(recipe).packing:
+        return packing.pack(documents.lengths, text_of(recipe).sequence_length)
     return packing.one_per_row(documents.lengths)
 
 
@@ -105,7 +173,7 @@ def micro_batch_size(recipe: Recipe, device: torch.device) -> int:
     training = recipe.training
     if training.micro_batch_size:
         return training.micro_batch_size
-    fitting = max(1, MICRO_BATCH_TOKENS.get(device.type, 1024) // recipe.data.sequence_length)
+    fitting = max(1, MICRO_BATCH_TOKENS.get(device.type, 1024) // text_of(recipe).sequence_length)
     return max(n for n in range(1, training.batch_size + 1) if training.batch_size % n == 0 and n <= fitting)
 
 
@@ -115,7 +183,7 @@ def make_loader(
     return loader.Loader(
         documents,
         _rows(recipe, documents),
-        length=recipe.data.sequence_length,
+        length=text_of(recipe).sequence_length,
         batch_size=recipe.training.batch_size,
         micro_batch_size=micro_batch_size(recipe, device),
         seed=recipe.run.seed,

@@ -6,7 +6,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -39,12 +40,28 @@ class Sample:
     answer: str
 
 
+class Extra(Protocol):
+    """What a technique must remember in checkpoints besides weights and the optimizer's state."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors, under names of its own."""
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Set it to what ``state`` gave."""
+
+
 @dataclass
 class Run:
     """A training program, ready to go: what ``build.assemble`` makes and ``train`` drives.
 
-    ``step`` counts the optimizer steps done. The global batch of a step depends on (seed, step) alone. ``save`` writes the
-    model in the format of its method; ``flops`` counts the work of a micro-batch, where that is known.
+    step      optimizer steps done; the global batch of a step depends on (seed, step) alone
+    factor    the learning rate of a step, as a multiple of each parameter group's peak
+    splits    what is never trained on: held_out, test
+    measure   batches of a split to its metrics
+    averaged  a context in which the model holds the weights to be evaluated and saved
+    save      writes the model in the format of its method
+    flops     counts the work of a micro-batch, where that is known
+    pictures  draws what the model makes of a split, and gives the files
     """
 
     recipe: Recipe
@@ -52,21 +69,23 @@ class Run:
     changes: list[Change]
     device: torch.device
     optimizer: torch.optim.Optimizer
-    rate: Callable[[int], float]
+    factor: Callable[[int], float]
     steps: int
+    steps_per_epoch: int
     batch: Callable[[int], Sequence[Batch]]
     identity: Callable[[int], str]
-    objective: Callable[[Batch], tuple[Tensor, int]]
     forward_backward: Callable[[Sequence[Batch]], Tensor]
     clip: Callable[[], Tensor]
-    held_out: Callable[[], Iterable[Batch]] | None
-    metrics: Callable[[float, int], dict[str, float]]
-    flops: Callable[[Batch], float] | None
+    splits: Mapping[str, Callable[[], Iterable[Batch]]]
+    measure: Callable[[Iterable[Batch], Callable[[int], None]], dict[str, float]]
     save: Callable[[Path], None]
     compute_dtype: torch.dtype
-    steps_per_epoch: int
-    samples: Callable[[int], list[Sample]] | None
-    unit: str = "tokens"
+    unit: str
+    flops: Callable[[Batch], float] | None = None
+    samples: Callable[[int], list[Sample]] | None = None
+    pictures: Callable[[Path, str, Mapping[str, float]], list[Path]] | None = None
+    averaged: Callable[[], AbstractContextManager[object]] = nullcontext
+    extra: Extra | None = None
     notes: list[str] = field(default_factory=list)
     step: int = 0
 
@@ -99,8 +118,7 @@ def train(run: Run) -> Iterator[StepResult]:
 
 def _take_step(run: Run) -> StepResult:
     started, step = time.perf_counter(), run.step
-    # Dropout's masks are a function of (seed, step) too, so that resuming needs no generator state.
-    torch.manual_seed(run.recipe.run.seed * 1_000_003 + step)
+    seed(run, step)
     batches = run.batch(step)
     loss = run.forward_backward(batches).item()
     norm = run.clip().item()
@@ -110,15 +128,16 @@ def _take_step(run: Run) -> StepResult:
         raise RunError(
             f"step {step + 1}: {what} is not finite, at {run.identity(step)}; lower the learning rate or look at that data"
         )
+    factor = run.factor(step)
     for group in run.optimizer.param_groups:
-        group["lr"] = run.rate(step)
+        group["lr"] = group["peak"] * factor
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step = step + 1
     return StepResult(
         step=run.step,
         loss=loss,
-        learning_rate=run.rate(step),
+        learning_rate=run.optimizer.param_groups[0]["lr"],
         grad_norm=norm,
         size=sum(batch.size for batch in batches),
         supervised=sum(batch.supervised for batch in batches),
@@ -128,34 +147,49 @@ def _take_step(run: Run) -> StepResult:
     )
 
 
-def accumulate(objective: Callable[[Batch], tuple[Tensor, int]], batches: Sequence[Batch]) -> Tensor:
-    """Gradients of the mean over all micro-batches' supervised units; gives that mean.
+def seed(run: Run, step: int) -> None:
+    """Seed the generators that a step draws from: dropout's masks are a function of (seed, step) too.
 
-    Dividing each micro-batch's sum by the whole count makes accumulation exact for any lengths and any last window.
+    NOTE: not ``torch.manual_seed``, which notes a stack trace at each call as long as CUDA is there but unused.
     """
-    count = sum(batch.supervised for batch in batches)
-    assert count > 0, "a batch without anything to learn"
+    number = run.recipe.run.seed * 1_000_003 + step
+    torch.default_generator.manual_seed(number)
+    if run.device.type != "cpu":
+        torch.get_device_module(run.device).manual_seed(number)
+
+
+def accumulate(
+    objective: Callable[[Batch], Tensor], count: Callable[[Batch], Tensor | int], batches: Sequence[Batch]
+) -> Tensor:
+    """Gradients of the mean loss over all micro-batches; gives that mean.
+
+    Dividing each micro-batch's sum by the whole count makes accumulation exact for any lengths and any last window. A loss
+    of several terms has a sum and a count for each.
+
+    Args:
+        objective: a micro-batch to its loss sums, 0-dim or (terms,).
+        count: a micro-batch to what those are divided by, known before the forward.
+    """
+    counts = sum(count(batch) for batch in batches)
+    assert bool(torch.as_tensor(counts).gt(0).all()), "a batch without anything to learn"
     total = torch.zeros(())
     for batch in batches:
-        loss = objective(batch)[0] / count
+        sums = objective(batch)
+        loss = (sums / (counts.to(sums) if isinstance(counts, Tensor) else counts)).sum()
         loss.backward()
         total = total.to(loss.device) + loss.detach()
     return total
 
 
 @torch.no_grad()
-def evaluate(run: Run, progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
-    """The run's metrics over the held-out data; every unit counts once."""
-    assert run.held_out is not None
+def evaluate(run: Run, split: str = "held_out", progress: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+    """The run's metrics over a split; every unit counts once."""
     was_training = run.model.training
     run.model.eval()
-    total, count = 0.0, 0
-    for batch in run.held_out():
-        loss, supervised = run.objective(batch)
-        total, count = total + loss.item(), count + supervised
-        progress(batch.size)
+    with run.averaged():
+        values = run.measure(run.splits[split](), progress)
     run.model.train(was_training)
-    return run.metrics(total, count)
+    return values
 
 
 def peak_memory(device: torch.device) -> int:

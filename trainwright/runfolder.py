@@ -12,7 +12,7 @@ import torch
 
 from trainwright import checkpoint, tracking
 from trainwright.loop import Run
-from trainwright.recipe import InputError, Recipe
+from trainwright.recipe import DECODER, Init, InputError, Recipe
 from trainwright.recipe.file import dump, load
 
 MODEL = "model"
@@ -97,8 +97,8 @@ def finished(folder: Path) -> Recipe:
         )
     if recipe.adapt.method == "full":
         started = recipe.model.model_copy(update={"pretrained": str(model), "options": {}, "match": "exact"})
-        if recipe.model.architecture != "decoder":
-            started = started.model_copy(update={"options": recipe.model.options})
+        if recipe.model.architecture != DECODER:
+            started = started.model_copy(update={"options": recipe.model.options, "init": Init()})
         return recipe.model_copy(update={"model": started})
     return recipe.model_copy(update={"adapt": recipe.adapt.model_copy(update={"start": str(model)})})
 
@@ -114,6 +114,7 @@ def capture(run: Run, extra: dict[str, Any]) -> tuple[dict[str, torch.Tensor], d
     """What a checkpoint holds: what learns, the optimizer's state and the step. Frozen values come from the base again."""
     tensors = {f"model.{name}": p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
     tensors |= {f"buffer.{name}": b for name, b in run.model.named_buffers()}
+    tensors |= run.extra.state() if run.extra else {}
     states, skeleton = checkpoint.flatten(run.optimizer.state_dict(), "optimizer")
     return {**tensors, **states}, {"step": run.step, "optimizer": skeleton, "extra": extra}
 
@@ -144,3 +145,5 @@ def restore_weights(run: Run, tensors: dict[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[f"model.{name}"])
     for name, buffer in run.model.named_buffers():
         buffer.copy_(tensors[f"buffer.{name}"])
+    if run.extra:
+        run.extra.restore(tensors)

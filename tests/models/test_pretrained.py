@@ -143,9 +143,8 @@ def test_adapters_are_no_models(tmp_path, file, says):
         locate(str(tmp_path))
 
 
-def test_a_safetensors_file_wants_its_folder(model_folder):
-    with pytest.raises(InputError, match="give the folder that holds them"):
-        locate(str(model_folder / "model.safetensors"))
+def test_a_safetensors_file_alone(model_folder):
+    assert locate(str(model_folder / "model.safetensors")).kind == "safetensors"
 
 
 def test_ggufs_in_a_folder(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -85,14 +85,19 @@ class Preparation:
     target_std: tuple[float, ...] | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
-    def inputs(self, raw: Tensor) -> Tensor:
-        """Raw samples (n, *shape), uint8 or float32, as normalised float32 ones."""
-        scaled = raw.float() / 255 if raw.dtype == torch.uint8 else raw.float()
+    def inputs_on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """What makes raw samples (n, *shape) on the device, uint8 or float32, normalised float32 ones."""
         if self.mean is None or self.std is None:
-            return scaled
+            return lambda raw: raw.float() / 255 if raw.dtype == torch.uint8 else raw
         place = (1, -1, 1, 1) if self.kind == "images" else (-1,)
-        mean, std = (torch.tensor(values, device=raw.device).view(place) for values in (self.mean, self.std))
-        return (scaled - mean) / std
+        mean, std = (torch.tensor(values, dtype=torch.float64, device="cpu").view(place) for values in (self.mean, self.std))
+        factor, shift = ((1 / std).float().to(device), (-mean / std).float().to(device))
+        byte_factor = (1 / (255 * std)).float().to(device)
+
+        def normalised(raw: Tensor) -> Tensor:
+            return torch.addcmul(shift, raw.float(), byte_factor if raw.dtype == torch.uint8 else factor)
+
+        return normalised
 
     def targets(self, raw: Tensor) -> Tensor:
         """Targets as the loss sees them: values normalised, classes as int64."""
@@ -117,7 +122,8 @@ class Preparation:
     @staticmethod
     def load(text: str) -> Preparation:
         """From JSON."""
-        return Preparation(**{key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(text).items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in json.loads(text).items()}
+        return Preparation(**fields)
 
 
 @dataclass(frozen=True)
@@ -133,13 +139,18 @@ class Splits:
 
 
 def moments(inputs: Tensor, axis: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation along an axis's entries, in float64; a constant has the deviation 1.
+    """Mean and standard deviation of each of an axis's entries, in float64; a constant has the deviation 1.
 
     Bytes are divided by 255 first. Missing values (NaN) are left out.
     """
     wide = inputs.transpose(0, axis).flatten(1) if inputs.ndim > 1 else inputs[None]
     rows = [(row[~row.isnan()] if row.is_floating_point() else row).double() for row in wide]
     divisor = 255.0 if inputs.dtype == torch.uint8 else 1.0
-    means = tuple(float(row.mean()) / divisor for row in rows)
-    stds = tuple(float(row.std(correction=0)) / divisor or 1.0 for row in rows)
+    # The mean of equal numbers may be off by a rounding: the deviation of a constant would then be tiny, not 0.
+    means = tuple(float(row[0] if _constant(row) else row.mean()) / divisor for row in rows)
+    stds = tuple(1.0 if _constant(row) else float(row.std(correction=0)) / divisor for row in rows)
     return means, stds
+
+
+def _constant(row: Tensor) -> bool:
+    return bool(row.min() == row.max())

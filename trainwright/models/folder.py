@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SINGLE = "model.safetensors"
+ADAPTERS = ("adapter_model.safetensors", "delta.safetensors")
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -41,7 +42,7 @@ DTYPES = {
 
 
 class FolderWeights:
-    """The tensors of a folder's ``model.safetensors``, or of the shards that its index names.
+    """The tensors of a folder's ``model.safetensors``, of the shards that its index names, or of one safetensors file.
 
     Raises:
         InputError: no weights, a missing shard, a tensor that the index promises and the shard lacks, a damaged file.
@@ -83,11 +84,13 @@ class FolderWeights:
 
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Each weight file of a folder with the names that the index promises; None where there is no index.
+    """Each weight file of a folder with the names that the index promises; None where there is no index. A file is itself.
 
     Raises:
         InputError: neither file nor index, an index that can't be used, shards that are missing.
     """
+    if folder.is_file():
+        return {folder: None}
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: None}
     if not (folder / INDEX).is_file():
@@ -111,11 +114,13 @@ def what_is_missing(folder: Path) -> str:
         return "a LoRA adapter, not a model; give its base as model.pretrained and this folder as adapt.start"
     if "delta.safetensors" in has:
         return "only the changed part of a model; give its base as model.pretrained and this folder as adapt.start"
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in has):
+    if any(name.endswith(".bin") for name in has):
         return (
-            "holds only pickled weights (.bin, .pt), which are refused because loading them can run code; if you trust "
+            "holds only pickled weights (.bin), which are refused because loading them can run code; if you trust "
             "them, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors"
         )
+    if files := sorted(name for name in has if name.endswith((".pt", ".pth"))):
+        return f"no model folder; give the file itself: {files[0]}"
     wanted = [name for name in ("config.json", SINGLE) if name not in has]
     return f"no model folder; {' and '.join(wanted)} {'is' if len(wanted) == 1 else 'are'} missing"
 
@@ -257,7 +262,7 @@ def write_configs(folder: Path, config: Mapping[str, Any], tensors: Iterable[Ten
     kinds = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
     plain = {key: value for key, value in config.items() if key not in DROPPED}
     plain["dtype"] = str(reduce(torch.promote_types, kinds)).removeprefix("torch.")
-    if config:
+    if config and "architecture" not in config:  # which a model of the catalogue names, and a Llama doesn't
         plain |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     write_json(folder / "config.json", plain)
     if ids := {key: config[key] for key in IDS if config.get(key) is not None}:

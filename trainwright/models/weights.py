@@ -18,6 +18,7 @@ WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 OUTER_WRAPPER = "module"
 # Old transformers stored the rotary frequencies; they follow from the config.
 DERIVED = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
+COUNTER = "num_batches_tracked"  # of BatchNorm; files of before PyTorch 0.4.1 have none
 SHOWN = 5  # names listed before 'and N more'
 
 
@@ -98,8 +99,8 @@ def load_into(
     what the file lacks or has in another shape stays as it is, perhaps on the meta device, for the caller to fill.
 
     Raises:
-        InputError: ``exact``: any name or shape that doesn't match, all of them named. ``overlap``: nothing matches.
-            Both: stored values that contradict the model's tying, or that are quantised.
+        InputError: ``exact``: any name or shape that doesn't match, all of them named; but BatchNorm's counters may be missing.
+            ``overlap``: nothing matches. Both: stored values that contradict the model's tying, or that are quantised.
     """
     slots = [slot for slot in slots_of(model) if not ignore(slot.name)]
     report = compare(slots, weights, never_stored(model))
@@ -197,9 +198,9 @@ def check(report: LoadReport, match: Literal["exact", "overlap"]) -> None:
         f"{name} is {list(stored)} in the file but {list(wanted)} in the model"
         for name, (stored, wanted) in report.reshaped.items()
     ]
-    if report.new:
-        hint = tied_hint(report) or nearest(report.new[0], report.unused)
-        faults.append(f"missing in the file: {listed(report.new)}{hint}")
+    if missing := [name for name in report.new if name.rpartition(".")[2] != COUNTER]:
+        hint = tied_hint(report) or nearest(missing[0], report.unused)
+        faults.append(f"missing in the file: {listed(missing)}{hint}")
     if report.unused:
         faults.append(f"not in the model: {listed(report.unused)}")
     if faults:

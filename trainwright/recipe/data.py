@@ -56,7 +56,7 @@ class Augment(Section):
     contrast: Fraction = 0.0
     saturation: Fraction = 0.0
     hue: Annotated[float, Field(ge=0, le=0.5)] = Field(0.0, description="shift by at most this fraction of the colour circle")
-    erase: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of erasing a rectangle (Zhong et al. 2017)")
+    erase: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of blanking a box (Zhong et al. 2017)")
     mixup: AtLeastZero = Field(0.0, description="alpha of the Beta distribution (Zhang et al. 2018); 0: off")
     cutmix: AtLeastZero = Field(0.0, description="alpha of the Beta distribution (Yun et al. 2019); 0: off")
 
@@ -65,10 +65,13 @@ class ArrayBase(Section):
     """What images, tables, series and arrays have in common."""
 
     held_out: Part | str | None = Field(
-        0.1, description="fraction of the training data, or a file or folder, that is never trained on and chooses the best"
+        "auto",
+        description="fraction of the data, or a file or folder, that is never trained on and chooses the best; "
+        "auto: the source's own validation split, else 0.1",
     )
     test: Part | str | None = Field(
-        None, description="fraction, file or folder that neither trains nor chooses; sources with a test split bring their own"
+        "auto",
+        description="fraction, file or folder that neither trains nor chooses; auto: the source's own, if any",
     )
     limit: Positive | None = Field(None, description="use at most so many training samples")
     normalize: bool = Field(True, description="to mean 0 and standard deviation 1, fitted on the training split")

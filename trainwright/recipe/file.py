@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainwright.recipe import yaml as recipe_yaml
 from trainwright.recipe import InputError, Recipe, nearest
+from trainwright.recipe import yaml as recipe_yaml
 from trainwright.recipe.faults import complete, explain
 from trainwright.recipe.types import shown
 
@@ -25,7 +25,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: no such file, not YAML, or all faults of its keys, values and overrides at once.
     """
     path = Path(path)
-    mapping = _read(path)
+    mapping = read(path)
     faults = [fault for override in overrides if (fault := _override(mapping, override))]
     recipe, more = _check(mapping)
     _refuse([*faults, *more], f"{path} with overrides" if overrides else str(path))
@@ -75,7 +75,7 @@ def _refuse(faults: Sequence[str], where: str) -> None:
         raise InputError("\n  ".join([f"{where} has {len(faults)} faults:", *faults]))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
         text = path.read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ class BinaryCrossEntropy(Section):
     """Of two classes, with one output; the second class is the positive one."""
 
     name: Literal["bce"]
-    pos_weight: AboveZero | Literal["balanced"] | None = Field(None, description="of positives; balanced: negatives / positives")
+    pos_weight: AboveZero | Literal["balanced"] | None = Field(None, description="of class 1; balanced: negatives / positives")
     label_smoothing: Fraction = 0.0
 
 
@@ -73,9 +73,7 @@ class CustomLoss(Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-Term = Annotated[
-    CrossEntropy | BinaryCrossEntropy | Focal | Mse | L1 | Huber | Dice | CustomLoss, Field(discriminator="name")
-]
+Term = Annotated[CrossEntropy | BinaryCrossEntropy | Focal | Mse | L1 | Huber | Dice | CustomLoss, Field(discriminator="name")]
 
 
 class Weighted(Section):

@@ -38,7 +38,7 @@ class Model(Section):
     )
     pretrained: str | None = Field(
         None,
-        description="weights to start from: smollm2-135m, a Hugging Face folder, a hub name, a .gguf, .safetensors or .pth file, "
+        description="weights to start from: smollm2-135m, a Hugging Face folder, a hub name, a .gguf .safetensors .pth file, "
         "or a run's model folder",
     )
     match: Literal["exact", "overlap"] = Field(

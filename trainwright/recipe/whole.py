@@ -23,7 +23,8 @@ class Recipe(Section):
     data: Data
     loss: Loss = Field(default_factory=CrossEntropy)
     metrics: list[str] | None = Field(
-        None, description="measured on the held-out data; null: what suits the task. accuracy, top_5, precision, recall, f1, ..."
+        None,
+        description="measured on held-out data; null: what suits the task. accuracy, top_5, precision, recall, f1, ...",
     )
     optimizer: Optimizer = Field(default_factory=AdamW)
     schedule: Schedule = Field(default_factory=Cosine)
@@ -59,5 +60,3 @@ class Recipe(Section):
         if not text and self.model.tokenizer:
             raise ValueError(f"model.tokenizer has no effect: data.kind is {self.data.kind}")
         return self
-
-

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainwright import losses
-from trainwright.losses import logits_cross_entropy, split_softmax, token_cross_entropy
-from trainwright.recipe import Loss
+from trainwright.losses import logits_cross_entropy, split_softmax, token_cross_entropy, tokens
+from trainwright.recipe import CrossEntropy
 
 OPTIONS = list(itertools.product([0.0, 0.1], [0.0, 1e-2]))
 
@@ -33,10 +32,10 @@ def plain(hidden, weight, labels, smoothing, z_loss):
 @pytest.mark.parametrize(("smoothing", "z_loss"), OPTIONS)
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
 def test_value_and_gradients_equal_torch(monkeypatch, smoothing, z_loss, chunk):
-    monkeypatch.setattr(losses, "CHUNK", chunk)
-    monkeypatch.setattr(losses, "CHUNK_LEARNING_HEAD", chunk)
+    monkeypatch.setattr(tokens, "CHUNK", chunk)
+    monkeypatch.setattr(tokens, "CHUNK_LEARNING_HEAD", chunk)
     hidden, weight, labels = case(torch.float64)
-    section = Loss(label_smoothing=smoothing, z_loss=z_loss)
+    section = CrossEntropy(label_smoothing=smoothing, z_loss=z_loss)
     total, count = token_cross_entropy(hidden, weight, labels, section)
     expected = plain(hidden, weight, labels, smoothing, z_loss)
     torch.testing.assert_close(total, expected)
@@ -50,14 +49,14 @@ def test_value_and_gradients_equal_torch(monkeypatch, smoothing, z_loss, chunk):
 @pytest.mark.parametrize(("smoothing", "z_loss"), OPTIONS)
 def test_whole_logits_give_the_same(smoothing, z_loss):
     hidden, weight, labels = case(torch.float64)
-    section = Loss(label_smoothing=smoothing, z_loss=z_loss)
+    section = CrossEntropy(label_smoothing=smoothing, z_loss=z_loss)
     total, _ = logits_cross_entropy(hidden @ weight.T, labels, section)
     torch.testing.assert_close(total, plain(hidden, weight, labels, smoothing, z_loss))
 
 
 def test_a_frozen_head_costs_no_gradient():
     hidden, weight, labels = case(torch.float32)
-    total, _ = token_cross_entropy(hidden, weight.detach(), labels, Loss())
+    total, _ = token_cross_entropy(hidden, weight.detach(), labels, CrossEntropy())
     total.backward()
     assert hidden.grad.abs().max() > 0
     assert hidden.grad[labels == -100].abs().max() == 0
@@ -66,7 +65,7 @@ def test_a_frozen_head_costs_no_gradient():
 def test_without_gradient_only_the_value_is_made():
     hidden, weight, labels = case(torch.float32)
     with torch.no_grad():
-        total, _ = token_cross_entropy(hidden, weight, labels, Loss())
+        total, _ = token_cross_entropy(hidden, weight, labels, CrossEntropy())
     assert not total.requires_grad
     torch.testing.assert_close(total, plain(hidden, weight, labels, 0.0, 0.0).detach())
 
@@ -75,7 +74,7 @@ def test_gradcheck():
     hidden, weight, labels = case(torch.float64, vocabulary=11, size=3, rows=1, length=6)
 
     def function(hidden, weight):
-        return token_cross_entropy(hidden, weight, labels, Loss(label_smoothing=0.1, z_loss=0.01))[0]
+        return token_cross_entropy(hidden, weight, labels, CrossEntropy(label_smoothing=0.1, z_loss=0.01))[0]
 
     # The gradient is made in the forward, so the numerical one perturbs a fresh forward each time.
     assert torch.autograd.gradcheck(function, (hidden, weight))
@@ -84,7 +83,7 @@ def test_gradcheck():
 def test_bf16_is_as_close_as_torch_in_bf16():
     hidden, weight, labels = case(torch.bfloat16, vocabulary=503)
     exact = plain(hidden.double(), weight.double(), labels, 0.0, 0.0)
-    ours = token_cross_entropy(hidden, weight, labels, Loss())[0]
+    ours = token_cross_entropy(hidden, weight, labels, CrossEntropy())[0]
     theirs = plain(hidden, weight, labels, 0.0, 0.0)
     assert abs(ours.double() - exact) <= 2 * abs(theirs.double() - exact) + 1e-3 * exact
 
@@ -98,7 +97,7 @@ def test_large_logits_stay_finite():
 def test_the_backward_can_be_taken_once_for_each_scale():
     """The gradients are kept from the forward: a second backward must not find them scaled by the first."""
     hidden, weight, labels = case(torch.float64)
-    total, _ = token_cross_entropy(hidden, weight, labels, Loss())
+    total, _ = token_cross_entropy(hidden, weight, labels, CrossEntropy())
     first = torch.autograd.grad(total, (hidden, weight), torch.tensor(2.0), retain_graph=True)
     second = torch.autograd.grad(total, (hidden, weight), torch.tensor(2.0))
     torch.testing.assert_close(first, second)

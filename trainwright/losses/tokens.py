@@ -1,4 +1,4 @@
-"""Losses as (sum, count), so that means are exact under accumulation and over any number of ranks."""
+"""Cross-entropy of the next token as (sum, count), so that means are exact under accumulation and over any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from trainwright.recipe import Loss
+from trainwright.recipe import CrossEntropy
 
 CHUNK = 256  # rows of logits that exist at once: 256 x 49,152 in bfloat16 is 25 MB
 CHUNK_LEARNING_HEAD = 1024  # more where the head learns: each chunk costs a pass over its float32 gradient
@@ -20,7 +20,7 @@ Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def token_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, section: Loss, split: Split | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, section: CrossEntropy, split: Split | None = None
 ) -> tuple[Tensor, int]:
     """Cross-entropy of the next token, its logits made a chunk at a time and only where a label is.
 
@@ -44,7 +44,7 @@ def token_cross_entropy(
     return total, len(supervised)
 
 
-def logits_cross_entropy(logits: Tensor, labels: Tensor, section: Loss) -> tuple[Tensor, int]:
+def logits_cross_entropy(logits: Tensor, labels: Tensor, section: CrossEntropy) -> tuple[Tensor, int]:
     """The same from logits (rows, length, vocabulary) that a user's model has made whole."""
     supervised = labels.flatten().ne(-100).nonzero().squeeze(1)
     picked = logits.flatten(0, -2).index_select(0, supervised)

@@ -1,0 +1,1 @@
+"""Metrics, exact over uneven batches and over ranks. They never drive updates."""

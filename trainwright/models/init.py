@@ -1,0 +1,141 @@
+"""First values: each layer's own start, then the recipe's scheme for the weight matrices of a type of layer."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from trainwright.models.contract import Change
+from trainwright.recipe import Init, InputError
+
+Nonlinearity = Literal["linear", "sigmoid", "tanh", "relu", "leaky_relu", "selu"]
+TYPES: dict[str, tuple[type[nn.Module], ...]] = {
+    "linear": (nn.Linear,),
+    "conv": (_ConvNd,),
+    "recurrent": (nn.RNNBase, nn.RNNCellBase),
+    "embedding": (nn.Embedding, nn.EmbeddingBag),
+}
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, section: Init, names: set[str], seed: int) -> Change:
+    """Values for exactly the named parameters and buffers, in place, on their device and in their dtype.
+
+    A layer without values (NaN, as ``weights.allocate`` leaves it) first gets its own start: its ``reset_parameters``, then the
+    model's ``published_start(name, layer)`` where the model has one. A model that has started itself keeps its start, but for
+    the scheme. Values depend on the seed and the layer's name alone: not on the other layers, on which names are asked for, on
+    device and precision, or on the state of torch's generator, which stays as it was.
+
+    Raises:
+        InputError: the section names a type of layer that the model doesn't have.
+    """
+    schemes = _schemes(model, section)
+    state = model.state_dict(keep_vars=True)
+    assert names <= state.keys(), f"no part of the model: {sorted(names - state.keys())}"
+    with torch.random.fork_rng(devices=[]):
+        for prefix, layer in model.named_modules():
+            wanted = [leaf for leaf in _own_tensors(layer) if f"{prefix}.{leaf}".lstrip(".") in names]
+            _fill(model, prefix, layer, wanted, seed)
+            if scheme := schemes.get(_type_of(layer)):
+                _apply(prefix, layer, wanted, scheme, section, seed)
+    empty = [name for name in names if state[name].isnan().any()]
+    assert not empty, f"without a start of their own: {empty}"
+    return Change("init", _summary(section, schemes, names, seed), tuple(name for name in state if name in names))
+
+
+def seed_of(seed: int, name: str) -> int:
+    """The seed of a layer's own start, or of a parameter's scheme: 63 bits that depend on both."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
+
+
+def _schemes(model: nn.Module, section: Init) -> dict[str, str]:
+    """The scheme of each type of layer that the model has, where it isn't the layer's own."""
+    present = {_type_of(layer) for layer in model.modules()} - {""}
+    for kind in TYPES:
+        if getattr(section, kind) is not None and kind not in present:
+            raise InputError(
+                f"model.init.{kind} has no effect: the model has no such layers; "
+                f"it has {', '.join(k for k in TYPES if k in present) or 'none that can be drawn'}"
+            )
+    chosen = {kind: getattr(section, kind) or section.scheme for kind in TYPES if kind in present}
+    return {kind: scheme for kind, scheme in chosen.items() if scheme != "default"}
+
+
+def _type_of(layer: nn.Module) -> str:
+    return next((kind for kind, classes in TYPES.items() if isinstance(layer, classes)), "")
+
+
+def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    return dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
+
+
+def _fill(model: nn.Module, prefix: str, layer: nn.Module, wanted: list[str], seed: int) -> None:
+    """The layer's own start, for what of ``wanted`` has no values. Counters have no NaN: they always start anew."""
+    own = _own_tensors(layer)
+    blank = [leaf for leaf in wanted if not own[leaf].is_floating_point() or own[leaf].isnan().any()]
+    if not blank or not hasattr(layer, "reset_parameters"):
+        return
+    twin: Any = _twin(layer)  # a reset changes all that the layer has, also what was loaded
+    torch.default_generator.manual_seed(seed_of(seed, prefix))
+    twin.reset_parameters()
+    published: Callable[[str, nn.Module], None] | None = getattr(model, "published_start", None)
+    if published is not None:
+        published(prefix, twin)
+    drawn = _own_tensors(twin)
+    for leaf in blank:
+        own[leaf].copy_(drawn[leaf])
+
+
+def _twin(layer: nn.Module) -> nn.Module:
+    """A copy to draw in: on the CPU, and in float32 at least, because elsewhere torch draws other numbers (and has no QR)."""
+    half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in _own_tensors(layer).values())
+    return copy.deepcopy(layer).to("cpu", torch.float32 if half else None)
+
+
+def _apply(prefix: str, layer: nn.Module, wanted: list[str], scheme: str, section: Init, seed: int) -> None:
+    """Draw the layer's weight matrices."""
+    own = _own_tensors(layer)
+    for leaf in wanted:
+        if leaf != "weight" and not leaf.startswith(("weight_ih", "weight_hh")):
+            continue
+        wide = torch.empty(own[leaf].shape, dtype=torch.promote_types(own[leaf].dtype, torch.float32))
+        torch.default_generator.manual_seed(seed_of(seed, f"{prefix}.{leaf}".lstrip(".")))
+        gates = len(wide) // layer.hidden_size if isinstance(layer, nn.RNNBase | nn.RNNCellBase) else 1
+        draw(wide, scheme, section.nonlinearity, gates)
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.padding_idx is not None:
+            wide[layer.padding_idx] = 0
+        own[leaf].copy_(wide)
+
+
+def draw(weight: Tensor, scheme: str, nonlinearity: Nonlinearity, gates: int = 1) -> None:
+    """Fill a weight by one of ``torch.nn.init``'s schemes with the gain of what follows; fan in for Kaiming's.
+
+    Args:
+        gates: so many matrices lie one below the other; orthogonal makes each orthogonal (Saxe et al. 2014).
+    """
+    gain = nn.init.calculate_gain(nonlinearity)
+    if scheme.startswith("xavier"):
+        (nn.init.xavier_uniform_ if scheme == "xavier_uniform" else nn.init.xavier_normal_)(weight, gain)
+    elif scheme.startswith("kaiming"):
+        kaiming = nn.init.kaiming_uniform_ if scheme == "kaiming_uniform" else nn.init.kaiming_normal_
+        kaiming(weight, a=0.01, nonlinearity=nonlinearity)  # the slope counts for leaky_relu only; torch's default there
+    else:
+        assert scheme == "orthogonal"
+        for gate in weight.chunk(gates):
+            nn.init.orthogonal_(gate, gain)
+
+
+def _summary(section: Init, schemes: dict[str, str], names: set[str], seed: int) -> str:
+    if not names:
+        return "nothing to draw: every value is there already"
+    by_scheme: dict[str, list[str]] = {}
+    for kind, scheme in schemes.items():
+        by_scheme.setdefault(scheme, []).append(kind)
+    parts = [f"{', '.join(kinds)}: {scheme} ({section.nonlinearity})" for scheme, kinds in by_scheme.items()]
+    return "; ".join([*parts, "others: the layer's own" if parts else "each layer's own", f"seed {seed}"])

@@ -1,0 +1,213 @@
+"""The part of ``build`` that is about samples with targets: images, tables, series, arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainwright import flops, saving
+from trainwright.built import Built, Part, Shape
+from trainwright.data import arrays, augment, images, series, tables
+from trainwright.data.batches import SampleBatch, SampleBatches, in_order
+from trainwright.data.examples import Examples, Preparation, Splits
+from trainwright.losses import criteria
+from trainwright.memory import layout, precision
+from trainwright.metrics import meter
+from trainwright.predictor import Predictor
+from trainwright.recipe import ArrayData, ImageData, InputError, Recipe, SeriesData, TableData, Task
+
+Progress = Callable[[str, int], None]
+EVALUATED_AT_ONCE = 256  # samples, where the recipe's micro-batch is smaller
+PREPARATION, TASK = "preparation.json", "task.json"
+PICTURED_MASKS = 16  # samples with masks that are drawn
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prepared samples, and the task that they pose under the recipe's loss."""
+
+    splits: Splits
+    task: Task
+
+    @property
+    def shape(self) -> Shape:
+        """What the model must take and give."""
+        return Shape(self.splits.preparation.shape, self.task)
+
+
+def prepare(recipe: Recipe, progress: Progress) -> Data:
+    """Read the samples of ``recipe.data``.
+
+    Raises:
+        InputError: the data is wrong, or doesn't suit the loss.
+    """
+    section, seed, target = recipe.data, recipe.run.seed, criteria.wanted(recipe.loss)
+    if isinstance(section, ImageData):
+        splits = images.prepare(section, target, seed, progress)
+    elif isinstance(section, TableData):
+        splits = tables.prepare(section, target, seed, progress)
+    elif isinstance(section, SeriesData):
+        splits = series.prepare(section, target, seed, progress)
+    else:
+        assert isinstance(section, ArrayData)
+        splits = arrays.prepare(section, target, seed, progress)
+    return Data(splits, task_of(recipe, splits))
+
+
+def task_of(recipe: Recipe, splits: Splits) -> Task:
+    """What the targets mean under the loss."""
+    targets = splits.train.targets
+    values = targets.shape[1] if splits.target == "values" else 0
+    return criteria.task_for(recipe.loss, splits.target, splits.preparation.labels, targets.ndim == 3, values)
+
+
+def join(recipe: Recipe, built: Built, data: Data) -> Part:
+    """Batches, objective and metrics of a recipe's samples.
+
+    Raises:
+        InputError: a metric or an augmentation that doesn't fit the task.
+    """
+    splits, task = data.splits, data.task
+    names = meter.check(recipe.metrics, task)
+    criterion = criteria.make(recipe.loss, task, splits.train.targets)
+    forward = forward_of(built, splits.preparation)
+    to_loss = splits.preparation.targets
+
+    def objective(batch: SampleBatch) -> Tensor:
+        targets = to_loss(batch.targets.to(built.device, non_blocking=True))
+        return criterion.sums(forward(batch.inputs), targets)
+
+    def measure(batches: Iterable[SampleBatch], progress: Callable[[int], None]) -> dict[str, float]:
+        return _measure(batches, progress, forward, criterion, splits.preparation, meter.Meter(names, task, built.device))
+
+    size = max(EVALUATED_AT_ONCE if splits.train.inputs.shape[-1] <= 64 else 0, recipe.training.micro_batch_size or 16)
+    named = {"held_out": splits.held_out, "test": splits.test}
+    return Part(
+        batches=batches_of(recipe, data),
+        objective=objective,
+        count=lambda batch: criterion.counts(to_loss(batch.targets)),
+        splits={name: partial(in_order, examples, size) for name, examples in named.items() if examples is not None},
+        measure=measure,
+        measures=("loss", *names),
+        save=partial(save, recipe, built, data),
+        unit="samples",
+        flops=flops.sample_counter(built.model, forward, splits.train.inputs.take(np.zeros(1, dtype=np.int64))),
+        pictures=partial(_pictures, named, forward, splits.preparation, task, size),
+        notes=splits.notes,
+    )
+
+
+def batches_of(recipe: Recipe, data: Data) -> SampleBatches:
+    """What the run trains on."""
+    training, seed, section = recipe.training, recipe.run.seed, recipe.data
+    change = None
+    if isinstance(section, ImageData) and not augment.is_identity(section.augment):
+        channels = data.splits.preparation.shape[0]
+        change = augment.make(section.augment, seed=seed, task=data.task, channels=channels)
+    return SampleBatches(data.splits.train, training.batch_size, training.micro_batch_size or training.batch_size, seed, change)
+
+
+def forward_of(built: Built, preparation: Preparation) -> Callable[[Tensor], Tensor]:
+    """Raw samples to the model's outputs, on the device."""
+    arrange = layout.of_inputs(built.model)
+    model, normalised = built.model, preparation.inputs_on(built.device)
+
+    def forward(raw: Tensor) -> Tensor:
+        inputs = normalised(arrange(raw.to(built.device, non_blocking=True)))
+        with precision.context(built.precision, built.device):
+            outputs: Tensor = model(inputs)
+        return outputs
+
+    return forward
+
+
+def _measure(
+    batches: Iterable[SampleBatch],
+    progress: Callable[[int], None],
+    forward: Callable[[Tensor], Tensor],
+    criterion: criteria.Criterion,
+    preparation: Preparation,
+    found: meter.Meter,
+) -> dict[str, float]:
+    sums = counts = torch.zeros(1, dtype=torch.float64)
+    for batch in batches:
+        outputs = forward(batch.inputs).float()
+        targets = preparation.targets(batch.targets.to(outputs.device))
+        sums = sums + criterion.sums(outputs, targets).double().cpu()
+        counts = counts + criterion.counts(preparation.targets(batch.targets))
+        in_units = batch.targets if batch.targets.is_floating_point() else targets
+        found.update(preparation.values(outputs), in_units.to(outputs.device))
+        progress(batch.size)
+    return {"loss": float((sums / counts).sum()), **found.compute()}
+
+
+def _pictures(
+    named: Mapping[str, Examples | None],
+    forward: Callable[[Tensor], Tensor],
+    preparation: Preparation,
+    task: Task,
+    size: int,
+    folder: Path,
+    split: str,
+    metrics: Mapping[str, float],
+) -> list[Path]:
+    """Draw what the model makes of a split."""
+    from trainwright.report import plots  # NOTE: here, because training needn't wait for matplotlib
+
+    examples = named[split]
+    assert examples is not None
+    count = min(len(examples), PICTURED_MASKS) if task.dense else len(examples)
+    outputs = torch.cat([preparation.values(forward(part).float()).cpu() for part in _portions(examples, count, size)])
+    targets = examples.targets[:count] if examples.targets.is_floating_point() else examples.targets[:count].long()
+
+    def shown(ids: Any) -> Tensor | None:
+        return examples.inputs.take(np.asarray(ids, dtype=np.int64)) if preparation.kind == "images" else None
+
+    in_order = preparation.kind == "series"
+    return plots.write(folder, task, outputs, targets, examples.names[:count], shown, metrics, split, in_order=in_order)
+
+
+def _portions(examples: Examples, count: int, size: int) -> Iterator[Tensor]:
+    for first in range(0, count, size):
+        yield examples.inputs.take(np.arange(first, min(first + size, count)))
+
+
+def save(recipe: Recipe, built: Built, data: Data, folder: Path) -> None:
+    """The final model, with what prediction needs to know of the data."""
+    config = {"architecture": recipe.model.architecture, "options": recipe.model.options, "inputs": list(data.shape.inputs)}
+    files = {PREPARATION: data.splits.preparation.dump(), TASK: json.dumps(asdict(data.task), indent=1) + "\n"}
+    saving.save_model(recipe, built.model, config, built.source, None, folder, files)
+
+
+def read_saved(folder: Path) -> tuple[Preparation, Task]:
+    """What ``save`` wrote beside the weights.
+
+    Raises:
+        InputError: it isn't there, or isn't what was written.
+    """
+    try:
+        preparation = Preparation.load((folder / PREPARATION).read_text(encoding="utf-8"))
+        task = json.loads((folder / TASK).read_text(encoding="utf-8"))
+        return preparation, Task(**{**task, "labels": tuple(task["labels"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder}: {PREPARATION} or {TASK} can't be read ({error}); train the model again") from None
+
+
+def predictor(built: Built, preparation: Preparation, task: Task) -> Predictor:
+    """A trained model, ready for new samples."""
+    forward = forward_of(built, preparation)
+    readers = {"images": images.read_new, "table": tables.read_new, "series": series.read_new, "arrays": arrays.read_new}
+
+    @torch.no_grad()
+    def outputs(raw: Tensor) -> Tensor:
+        return preparation.values(forward(raw).float()).cpu()
+
+    return Predictor(preparation, task, partial(readers[preparation.kind], preparation=preparation), outputs)
