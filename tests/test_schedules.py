@@ -82,13 +82,17 @@ def test_restarts_of_torch(first, growth, cycles):
     assert found.count(1.0) == cycles
 
 
-def test_restarts_begin_without_rounding():
-    """1/49 * 49 is below 1 in floating point: the 49th cycle would begin a step late."""
-    found = ours(49 * 49, "cosine_restarts", warmup=0, cycles=49)
-    assert [step for step, factor in enumerate(found) if factor == 1.0] == list(range(0, 49 * 49, 49))
+@pytest.mark.parametrize("length", [7, 49])
+def test_restarts_begin_without_rounding(length):
+    """9/11 * 77 is above 63 in floating point: that cycle would begin a step late."""
+    for cycles in range(1, 60):
+        found = ours(cycles * length, "cosine_restarts", warmup=0, cycles=cycles)
+        assert [step for step, factor in enumerate(found) if factor == 1.0] == list(range(0, cycles * length, length))
 
 
-@pytest.mark.parametrize(("steps", "milestones"), [(100, [0.5, 0.75]), (100, [10, 40, 41]), (9, [0.5]), (30, [0.1, 20])])
+@pytest.mark.parametrize(
+    ("steps", "milestones"), [(100, [0.5, 0.75]), (100, [10, 40, 41]), (9, [0.5]), (30, [0.1, 20]), (100, [0.29, 0.57])]
+)
 def test_milestones_of_torch(steps, milestones):
     places = [round(m * steps) if m < 1 else m for m in milestones]
     expected = theirs(steps, lambda o: lr_scheduler.MultiStepLR(o, places, gamma=0.3))

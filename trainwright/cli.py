@@ -125,7 +125,7 @@ def find_lr(
     overrides: Overrides = None,
     start: Annotated[float, typer.Option(help="the first learning rate")] = 1e-7,
     end: Annotated[float, typer.Option(help="the last one, unless the loss explodes before")] = 10.0,
-    steps: Annotated[int, typer.Option(min=2, help="how many rates between them")] = 100,
+    steps: Annotated[int, typer.Option(min=20, help="how many rates between them")] = 100,
     out: Annotated[Path, typer.Option(metavar="FILE", help="the picture")] = Path("find-lr.png"),
     as_json: AsJson = False,
 ) -> Job:

@@ -417,6 +417,7 @@ def test_notes_tell_what_a_person_wants_to_know(tmp_path):
     assert "test: a split of the source itself" in notes
     assert "decoded anew each time, by 1 worker process(es)" in notes
     (tmp_path / "pets" / "train" / "cat" / "x.heic").write_bytes(b"")
+    assert "not in the training split, so never learned: dog" in prepare(tmp_path / "pets", limit=1).notes
     assert re.search(r"1 file\(s\) of other kinds left out, such as .*x\.heic", "\n".join(prepare(tmp_path / "pets").notes))
 
 

@@ -20,7 +20,8 @@ def find(source: str, target: Target, key: str) -> Source:
     path = Path(source).expanduser()
     if not built_in and not path.exists():
         known = ", ".join(builtin_images.NAMES)
-        hint = nearest(source, builtin_images.NAMES)
+        beside = [str(path.with_name(other.name)) for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(source, [*builtin_images.NAMES, *beside])
         raise InputError(f"{key} {source!r}: there is no such file or folder, and it is none of {known}{hint}")
     if not built_in and path.is_file():
         if path.suffix.lower() != ".npz":

@@ -21,6 +21,7 @@ from trainwright.data.image_decoding import MOST_WORKERS, Decoded, LazyImages, W
 from trainwright.data.image_files import Form, UnreadableImage
 from trainwright.data.masks import RawMasks, number
 from trainwright.data.pictures import Pictures, Source, relabelled
+from trainwright.data.targets import absent
 from trainwright.recipe import ImageData, InputError
 
 SPLITS = ("held_out", "test")  # besides the training data
@@ -69,6 +70,7 @@ def prepare(section: ImageData, target: Target, seed: int, progress: Progress) -
             *notes,
             *source.notes,
             *_lost(ready, parts),
+            *(absent(labels, splits["train"].targets) if target == "classes" else ()),
         ],
     )
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import nn
 
 from trainwright.models.catalogue import NAMES
 from trainwright.recipe import InputError, nearest
+from trainwright.recipe.imports import import_function
 
 
 def make(
@@ -34,21 +32,7 @@ def make(
             f"model.architecture: {name!r} is unknown{nearest(name, ['decoder', *NAMES])}; "
             f"give decoder, {', '.join(NAMES)} or module:function"
         )
-    module_name, function_name = name.split(":", 1)
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"model.architecture: {error}; start in the folder that holds {module_name}.py, or install it"
-        ) from None
-    finally:
-        sys.path.pop(0)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise InputError(
-            f"model.architecture: {module_name} has no function {function_name!r}{nearest(function_name, dir(module))}"
-        )
+    function = import_function(name, "model.architecture")
     torch.manual_seed(seed)
     try:
         made = function(**(_wanted(function, {"inputs": inputs, "outputs": outputs}) | options))

@@ -199,12 +199,12 @@ class Constant(ScheduleBase):
 
 class Linear(ScheduleBase):
     name: Literal["linear"]
-    final: Final = Field(0.0, description="the last rate, as a fraction of the peak")
+    final: Final = Field(0.0, description="what the rate falls to, as a fraction of the peak")
 
 
 class Cosine(ScheduleBase):
     name: Literal["cosine"] = "cosine"
-    final: Final = Field(0.0, description="the last rate, as a fraction of the peak")
+    final: Final = Field(0.0, description="what the rate falls to, as a fraction of the peak")
 
 
 class CosineRestarts(ScheduleBase):
@@ -239,7 +239,7 @@ class OneCycle(ScheduleBase):
     name: Literal["one_cycle"]
     warmup: AtLeastZero = 0.3
     start: Annotated[float, Field(gt=0, le=1)] = Field(0.04, description="the first rate, as a fraction of the peak")
-    final: Final = Field(4e-6, description="the last rate, as a fraction of the peak")
+    final: Final = Field(4e-6, description="what the rate falls to, as a fraction of the peak")
 
 
 class InverseSqrt(ScheduleBase):

@@ -53,7 +53,7 @@ class EarlyStop(Section):
     metric: str
     direction: Direction
     patience: Positive = Field(3, description="evaluations without improvement")
-    min_delta: AtLeastZero = Field(0.0, description="what is less doesn't count as improvement")
+    min_delta: AtLeastZero = Field(0.0, description="only what is more counts as improvement")
 
 
 class Evaluation(Section):

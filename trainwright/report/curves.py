@@ -97,8 +97,7 @@ def find_lr(result: Mapping[str, Any], out: Path) -> Path:
         axes.grid(True)
         axes.set_xlabel("learning rate")
         axes.set_ylabel("training loss")
-        if axes.lines:
-            axes.legend()
+        axes.legend()
         return _write(made, out)
 
 

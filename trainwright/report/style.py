@@ -8,14 +8,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WIDTH, DPI = 8.0, 150  # inches and pixels an inch: 1200 pixels
 # Ten colours that colour-blind people tell apart (Petroff 2021, "Accessible Color Sequences for Data Visualization").
