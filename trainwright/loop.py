@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -169,9 +170,13 @@ def accumulate(
     Args:
         objective: a micro-batch to its loss sums, 0-dim or (terms,).
         count: a micro-batch to what those are divided by, known before the forward.
+
+    Raises:
+        RunError: nothing counts in the whole batch.
     """
     counts = sum(count(batch) for batch in batches)
-    assert bool(torch.as_tensor(counts).gt(0).all()), "a batch without anything to learn"
+    if not torch.as_tensor(counts).gt(0).all():
+        raise RunError("nothing to learn in a batch: every target is ignored, or weighs nothing")
     total = torch.zeros(())
     for batch in batches:
         sums = objective(batch)
@@ -196,6 +201,12 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors held on the accelerator, or that this process held resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return _resident_peak(int(4 * time.monotonic()))
+
+
+@lru_cache(maxsize=1)
+def _resident_peak(quarter_second: int) -> int:
+    """Read at most four times a second: it takes as long as a small layer."""
     status = Path("/proc/self/status")  # where there is one: ru_maxrss is inherited from the parent process
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))

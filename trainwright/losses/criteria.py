@@ -118,12 +118,14 @@ def _cross_entropy(section: CrossEntropy, task: Task, train_targets: Tensor | No
         else:
             hard = targets.long()
             options: dict[str, Any] = {"label_smoothing": smoothing, "ignore_index": ignored, "reduction": "sum"}
-            found = functional.cross_entropy(logits, hard, weight, **options)
-            per_place = weight[hard] * (hard != ignored)
+            found = functional.cross_entropy(logits, hard, weight if section.weights else None, **options)
+            per_place = weight[hard] * (hard != ignored) if section.z_loss else weight
         if section.z_loss:
             found = found + section.z_loss * (per_place * logits.logsumexp(1).square()).sum()
         return found
 
+    if section.weights is None and section.ignore_index is None:
+        return _Part(total, lambda targets: _places(targets, task))
     return _Part(total, lambda targets: _weight_of(targets, task, weights, section.ignore_index))
 
 
