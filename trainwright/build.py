@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from trainwright import ema, language, optim, runfolder, schedules
-from trainwright.adapt import full, lora
+from trainwright.adapt import full, lora, norms
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built, Part, Shape
 from trainwright.data import text
@@ -124,24 +124,28 @@ def assemble_model(recipe: Recipe, shape: Shape | None = None, *, frozen: bool =
     place = choose_device(recipe.run.device)
     source = pretrained.locate(recipe.model.pretrained) if recipe.model.pretrained else None
     model, config = _make(recipe, source, shape)
-    kind = precision.choose(_wished_precision(recipe), place)
+    kind = precision.choose(_wished_precision(recipe, shape), place)
     changes = [_adapt(model, recipe)]  # which parameters learn; new ones (LoRA) appear here
     if frozen:
         model.requires_grad_(False)
+    if held := norms.hold_frozen(model):
+        changes.append(held)
     changes.append(precision.apply(model, kind))  # after it, because frozen parameters are stored in less
     return Built(model, changes, config, source, kind, place)
 
 
-def _wished_precision(recipe: Recipe) -> Literal["auto", "fp32", "bf16"]:
-    """Models of tables and series are small and answer with numbers: bf16 would cost digits and save nothing."""
-    return "fp32" if recipe.precision == "auto" and recipe.data.kind in ("table", "series") else recipe.precision
+def _wished_precision(recipe: Recipe, shape: Shape | None) -> Literal["auto", "fp32", "bf16"]:
+    """Numbers as answers would lose digits in bf16, and models of tables are too small to gain from it."""
+    digits = shape is not None and (shape.task.kind == "values" or recipe.data.kind == "table")
+    return "fp32" if recipe.precision == "auto" and digits else recipe.precision
 
 
 def _make(recipe: Recipe, source: pretrained.Source | None, shape: Shape | None) -> tuple[nn.Module, dict[str, Any]]:
     """The plain model and its config.json; ours on the meta device, a user's module where it makes itself."""
     section = recipe.model
     if section.architecture in catalogue.NAMES:
-        assert shape is not None
+        if shape is None:
+            raise InputError(f"model.architecture: {section.architecture} is no language model")
         with torch.device("meta"):
             return catalogue.make(section.architecture, section.options, shape.inputs, shape.task), {}
     if section.architecture != "decoder":
@@ -189,6 +193,16 @@ def shape_of(recipe: Recipe) -> Shape | None:
     return supervised.prepare(recipe, lambda what, done: None).shape
 
 
+def saved_shape(folder: Path, recipe: Recipe) -> Shape | None:
+    """The same from what a finished run saved beside its weights."""
+    if isinstance(recipe.data, TextData):
+        return None
+    from trainwright import supervised
+
+    preparation, task = supervised.read_saved(runfolder.model_of(folder))
+    return Shape(preparation.shape, task)
+
+
 def load_predictor(folder: Path) -> Predictor:
     """What a finished run of samples makes of new ones.
 
@@ -200,7 +214,7 @@ def load_predictor(folder: Path) -> Predictor:
         raise InputError(f"{folder} is the run of a language model; ask it with: trainwright generate {folder}")
     from trainwright import supervised
 
-    preparation, task = supervised.read_saved(folder / runfolder.MODEL)
+    preparation, task = supervised.read_saved(runfolder.model_of(folder))
     built = load_model(recipe, Shape(preparation.shape, task))
     return supervised.predictor(built, preparation, task)
 

@@ -27,7 +27,8 @@ def export(run_folder: Path, to: str, out: Path | None = None) -> dict[str, str]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; name another place")
     if to == "merged":
-        built = build.load_model(recipe.model_copy(update={"precision": "fp32"}))  # sums made before anything is rounded
+        shape = build.saved_shape(run_folder, recipe)
+        built = build.load_model(recipe.model_copy(update={"precision": "fp32"}), shape)  # sums made before anything is rounded
         tokenizer = language.find_tokenizer(recipe, built.source) if recipe.model.architecture == "decoder" else None
         pretrained.save_folder(out, plain_tensors(built.model), built.config, tokenizer)
     else:

@@ -301,7 +301,7 @@ def evaluate(folder: Path, split: str | None = None, *, quiet: bool = False) -> 
             curves.training(folder / "metrics.jsonl", folder / "plots/training.png"),
         ]
         for path in drawn:
-            display.say(f"picture: {path}")
+            display.say(f"{'picture' if path.suffix == '.png' else 'file'}: {path}")
     return {
         "folder": str(folder),
         "split": split,

@@ -27,10 +27,10 @@ TOP = 5  # classes of a record
 UNSEEN = 0.0005  # probabilities below it would be shown as 0.0%
 MASKS = "predictions"  # where masks go, in the folder of the run
 TAKES: dict[Kind, tuple[str, Iterable[str]]] = {
-    "images": ("images", sorted(image_files.SUFFIXES)),
+    "images": ("images", (*sorted(image_files.SUFFIXES), ".npz")),
     "table": ("tables", frames.SUFFIXES),
     "series": ("tables in order of time", frames.SUFFIXES),
-    "arrays": ("arrays", (".npz",)),
+    "arrays": ("arrays", (".npz", ".npy")),
 }
 
 

@@ -90,7 +90,7 @@ def finished(folder: Path) -> Recipe:
         InputError: the run hasn't finished.
     """
     recipe = read_recipe(folder)
-    model = folder / MODEL
+    model = model_of(folder)
     if not model.is_dir():
         raise InputError(
             f"{folder} has no final model yet; finish it with: trainwright train {folder / 'recipe.yaml'} --resume"
@@ -101,6 +101,11 @@ def finished(folder: Path) -> Recipe:
             started = started.model_copy(update={"options": recipe.model.options, "init": Init()})
         return recipe.model_copy(update={"model": started})
     return recipe.model_copy(update={"adapt": recipe.adapt.model_copy(update={"start": str(model)})})
+
+
+def model_of(folder: Path) -> Path:
+    """The folder of a run's final model; a model that was saved by itself, with its recipe, is its own."""
+    return folder if (folder / "config.json").is_file() else folder / MODEL
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainwright import flops, saving
 from trainwright.built import Built, Part, Shape
@@ -23,11 +24,13 @@ from trainwright.memory import layout, precision
 from trainwright.metrics import meter
 from trainwright.predictor import Predictor
 from trainwright.recipe import ArrayData, ImageData, InputError, Recipe, SeriesData, TableData, Task
+from trainwright.recipe.file import dump
 
 Progress = Callable[[str, int], None]
-EVALUATED_AT_ONCE = 256  # samples, where the recipe's micro-batch is smaller
+EVALUATED_AT_ONCE = 2**22  # numbers of the inputs, where the recipe's micro-batch has fewer
+NO_CLASS = -100  # a target that pictures leave out
 PREPARATION, TASK = "preparation.json", "task.json"
-PICTURED_MASKS = 16  # samples with masks that are drawn
+PICTURED_MASKS = 2**26  # numbers of the outputs of samples with masks that are looked at
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def join(recipe: Recipe, built: Built, data: Data) -> Part:
         InputError: a metric or an augmentation that doesn't fit the task.
     """
     splits, task = data.splits, data.task
+    _check_last_batch(recipe, built.model, len(splits.train))
     names = meter.check(recipe.metrics, task)
     criterion = criteria.make(recipe.loss, task, splits.train.targets)
     forward = forward_of(built, splits.preparation)
@@ -88,7 +92,8 @@ def join(recipe: Recipe, built: Built, data: Data) -> Part:
     def measure(batches: Iterable[SampleBatch], progress: Callable[[int], None]) -> dict[str, float]:
         return _measure(batches, progress, forward, criterion, splits.preparation, meter.Meter(names, task, built.device))
 
-    size = max(EVALUATED_AT_ONCE if splits.train.inputs.shape[-1] <= 64 else 0, recipe.training.micro_batch_size or 16)
+    numbers = math.prod(splits.train.inputs.shape)
+    size = max(min(EVALUATED_AT_ONCE // numbers, 1024), recipe.training.micro_batch_size or 8)
     named = {"held_out": splits.held_out, "test": splits.test}
     return Part(
         batches=batches_of(recipe, data),
@@ -103,6 +108,16 @@ def join(recipe: Recipe, built: Built, data: Data) -> Part:
         pictures=partial(_pictures, named, forward, splits.preparation, task, size),
         notes=splits.notes,
     )
+
+
+def _check_last_batch(recipe: Recipe, model: nn.Module, samples: int) -> None:
+    """BatchNorm can't normalise by the deviation of one sample."""
+    size = recipe.training.micro_batch_size or recipe.training.batch_size
+    if samples % size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        raise InputError(
+            f"training.batch_size: {samples} samples in portions of {size} leave one alone, which BatchNorm can't normalise; "
+            f"choose another size, or data.limit: {samples - 1}"
+        )
 
 
 def batches_of(recipe: Recipe, data: Data) -> SampleBatches:
@@ -164,9 +179,12 @@ def _pictures(
 
     examples = named[split]
     assert examples is not None
-    count = min(len(examples), PICTURED_MASKS) if task.dense else len(examples)
+    pixels = task.outputs * math.prod(preparation.shape[1:]) if task.dense else 1
+    count = min(len(examples), max(1, PICTURED_MASKS // pixels))
     outputs = torch.cat([preparation.values(forward(part).float()).cpu() for part in _portions(examples, count, size)])
     targets = examples.targets[:count] if examples.targets.is_floating_point() else examples.targets[:count].long()
+    if task.ignored is not None:
+        targets = targets.masked_fill(targets == task.ignored, NO_CLASS)
 
     def shown(ids: Any) -> Tensor | None:
         return examples.inputs.take(np.asarray(ids, dtype=np.int64)) if preparation.kind == "images" else None
@@ -183,7 +201,11 @@ def _portions(examples: Examples, count: int, size: int) -> Iterator[Tensor]:
 def save(recipe: Recipe, built: Built, data: Data, folder: Path) -> None:
     """The final model, with what prediction needs to know of the data."""
     config = {"architecture": recipe.model.architecture, "options": recipe.model.options, "inputs": list(data.shape.inputs)}
-    files = {PREPARATION: data.splits.preparation.dump(), TASK: json.dumps(asdict(data.task), indent=1) + "\n"}
+    files = {
+        PREPARATION: data.splits.preparation.dump(),
+        TASK: json.dumps(asdict(data.task), indent=1) + "\n",
+        "recipe.yaml": dump(recipe),
+    }
     saving.save_model(recipe, built.model, config, built.source, None, folder, files)
 
 

@@ -68,7 +68,8 @@ def task_for(section: Loss, target: Target, labels: tuple[str, ...], dense: bool
     for term in terms:
         _check_classes(term, labels, dense)
     one_output = _one_output(terms, labels)
-    return Task("binary" if one_output else "classes", 1 if one_output else len(labels), labels, dense)
+    ignored = next((t.ignore_index for t in terms if isinstance(t, CrossEntropy) and t.ignore_index is not None), None)
+    return Task("binary" if one_output else "classes", 1 if one_output else len(labels), labels, dense, ignored)
 
 
 def _wrong_kind(section: Loss, target: Target, labels: tuple[str, ...]) -> str:

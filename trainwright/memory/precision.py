@@ -32,11 +32,18 @@ def apply(model: nn.Module, precision: Precision) -> Change:
     """Give frozen parameters their stored dtype; on the meta device, so that loading makes no second copy."""
     if precision == "fp32":
         return Change("precision", "everything in float32")
-    frozen = [p for p in model.parameters() if not p.requires_grad]
+    wide = _kept_wide(model)
+    frozen = [p for p in model.parameters() if not (p.requires_grad or id(p) in wide)]
     for parameter in frozen:
         parameter.data = parameter.data.to(torch.bfloat16)
     count = sum(p.numel() for p in frozen)
     return Change("precision", f"products in bfloat16, {count:,} frozen parameters stored in it; float32 masters for the rest")
+
+
+def _kept_wide(model: nn.Module) -> set[int]:
+    """Parameters of layers that autocast gives float32 input: torch's norms and recurrent layers refuse a mixture."""
+    wide = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RNNBase)
+    return {id(p) for module in model.modules() if isinstance(module, wide) for p in module.parameters(recurse=False)}
 
 
 def context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

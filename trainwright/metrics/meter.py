@@ -115,6 +115,10 @@ class Meter:
             raise RunError("the model's outputs are not finite (nan or infinite), so there is nothing to measure")
         found, true = outputs.to(self.device), targets.to(self.device)
         assert _shape(self.task, len(true), true.shape[-2:]) == tuple(found.shape)
+        if self.task.ignored is not None:
+            found, true = _counting(found, true, true != self.task.ignored)
+        if not len(true):
+            return
         with _quiet():
             for measure in (self._seen, *self._measures.values()):
                 measure.update(found, true)
@@ -146,6 +150,14 @@ class Meter:
         with _quiet():
             counts: Tensor = self._seen.metric.compute()
         return counts if self.task.kind == "values" else counts.sum(1)
+
+
+def _counting(outputs: Tensor, targets: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """What isn't ignored; the pixels of masks as one image, a pixel high."""
+    if targets.ndim == 1:
+        return outputs[keep], targets[keep]
+    count = int(keep.any())
+    return outputs.movedim(1, -1)[keep].T[None, :, None][:count], targets[keep][None, None][:count]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from trainwright.models.cnn import Cnn, CnnOptions
 from trainwright.models.mlp import Mlp, MlpOptions
 from trainwright.models.recurrent import Recurrent, RecurrentOptions
 from trainwright.models.resnet import ResNet, ResnetOptions
+from trainwright.models.resnet9 import Resnet9, Resnet9Options
 from trainwright.models.unet import Unet, UnetOptions
 from trainwright.models.vgg import Vgg16, VggOptions
 from trainwright.recipe import InputError, Section, Task, nearest
@@ -42,6 +43,7 @@ MODELS = {
     "vgg16": Entry(VggOptions, partial(Vgg16, norm=False), IMAGES),
     "vgg16_bn": Entry(VggOptions, partial(Vgg16, norm=True), IMAGES),
     **{name: Entry(ResnetOptions, partial(ResNet, name=name), IMAGES) for name in ("resnet18", "resnet34", "resnet50")},
+    "resnet9": Entry(Resnet9Options, Resnet9, IMAGES),
     **{name: Entry(RecurrentOptions, partial(Recurrent, name=name), SEQUENCES) for name in ("rnn", "lstm", "gru")},
     "unet": Entry(UnetOptions, Unet, IMAGES, dense=True),
 }

@@ -29,7 +29,7 @@ class Model(Section):
 
     architecture: str = Field(
         "decoder",
-        description="decoder, mlp, cnn, vgg16, vgg16_bn, resnet18, resnet34, resnet50, rnn, lstm, gru, unet, "
+        description="decoder, mlp, cnn, vgg16, vgg16_bn, resnet9, resnet18, resnet34, resnet50, rnn, lstm, gru, unet, "
         "or module:function that returns an nn.Module",
     )
     options: dict[str, Any] = Field(

@@ -15,6 +15,7 @@ class Task:
              values: targets and outputs (n, outputs) float32.
     outputs  how many numbers the model gives for a sample, or for a pixel where ``dense``
     labels   names of the classes, or of the values
+    ignored  the class that counts neither in the loss nor in metrics
     dense    a target for each pixel: targets (n, height, width), outputs (n, outputs, height, width); not for values
     """
 
@@ -22,3 +23,4 @@ class Task:
     outputs: int
     labels: tuple[str, ...] = ()
     dense: bool = False
+    ignored: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,18 @@ from trainwright.recipe.model import Adapt, Full, Model
 from trainwright.recipe.running import Checkpoint, Evaluation, RunOptions, Tracking, Training
 
 DECODER = "decoder"
+SAMPLES = ("images", "table", "series", "arrays")  # kinds of data that are samples with targets
+
+
+def _filled(given: dict[str, Any]) -> dict[str, Any]:
+    """A recipe for samples with the defaults that differ: batches of 64, 10 epochs, a learning rate of 1e-3 for adamw."""
+    training, optimizer = given.get("training", {}), given.get("optimizer", {})
+    if isinstance(training, dict):
+        length = {} if {"steps", "epochs"} & training.keys() else {"epochs": 10.0}
+        given = {**given, "training": {"batch_size": 64, **length, **training}}
+    if isinstance(optimizer, dict) and optimizer.get("name", "adamw") == "adamw":
+        given = {**given, "optimizer": {"name": "adamw", "learning_rate": 1e-3, **optimizer}}
+    return given
 
 
 class Recipe(Section):
@@ -37,13 +49,21 @@ class Recipe(Section):
     tracking: Tracking = Field(default_factory=Tracking)
     run: RunOptions = Field(default_factory=RunOptions)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_samples(cls, given: Any) -> Any:
+        """What is a good default for a language model isn't one for images and tables."""
+        data = given.get("data") if isinstance(given, dict) else None
+        kind = data.get("kind", "text") if isinstance(data, dict) else getattr(data, "kind", "text")
+        return _filled(given) if kind in SAMPLES else given
+
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> Recipe:
         evaluation = self.evaluation
         if self.data.held_out is None and (evaluation.every or evaluation.best or evaluation.stop):
             raise ValueError("evaluation.every, best and stop need held-out data: set data.held_out")
-        if evaluation.stop and not evaluation.every:
-            raise ValueError("evaluation.stop looks at the evaluations on the way: set evaluation.every")
+        if (evaluation.stop or evaluation.best) and not evaluation.every:
+            raise ValueError("evaluation.best and stop look at the evaluations on the way: set evaluation.every")
         return self
 
     @model_validator(mode="after")
