@@ -51,6 +51,7 @@ def test_ten_lines_of_python(tmp_path):
         "model.safetensors",
         "config.json",
         "preparation.json",
+        "recipe.yaml",
         "task.json",
     }
 

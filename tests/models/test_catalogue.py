@@ -20,6 +20,7 @@ SMALL = {
     "resnet18": ({"width": 4}, IMAGE, CLASSES),
     "resnet34": ({"width": 2}, IMAGE, CLASSES),
     "resnet50": ({"width": 2}, IMAGE, CLASSES),
+    "resnet9": ({"stem": 2, "channels": [4, 6]}, IMAGE, CLASSES),
     "rnn": ({"hidden": 6}, SERIES, CLASSES),
     "lstm": ({"hidden": 6, "bidirectional": True}, SERIES, CLASSES),
     "gru": ({"hidden": 6, "layers": 2}, IMAGE, CLASSES),

@@ -256,6 +256,6 @@ def test_a_users_function_of_text_is_told_nothing():
 
 
 def test_an_unknown_architecture_names_the_nearest():
-    words = r"'resnet19' is unknown \(did you mean 'resnet\d\d'\?\); give decoder, mlp.* or module:function"
+    words = r"'resnet19' is unknown \(did you mean 'resnet\d+'\?\); give decoder, mlp.* or module:function"
     with pytest.raises(InputError, match=words):
         user.make("resnet19", {}, 0, inputs=(3, 8, 8), outputs=CLASSES.outputs)
