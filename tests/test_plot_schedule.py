@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import small
 from trainwright import schedules
 from trainwright.plot_schedule import plot_schedule
 from trainwright.recipe import InputError
@@ -69,10 +70,14 @@ def test_the_steps_may_be_given(tmp_path):
     assert len(plot_schedule(recipe(), 1, tmp_path / "s.png")["rates"]) == 1
 
 
+def test_epochs_become_steps(tmp_path):
+    given = small.mapping(tmp_path, training={"epochs": 3, "batch_size": 32})
+    assert plot_schedule(parse(given), None, tmp_path / "s.png")["steps"] == 3 * 7, "of 200 training samples"
+
+
 @pytest.mark.parametrize(
     ("steps", "name", "message"),
     [
-        (None, "s.png", "depends on the data, since the recipe has training.epochs or nothing; give --steps N"),
         (0, "s.png", "--steps: found 0; must be at least 1"),
         (9, "s.svg", "the name must end in .png"),
         (9, "file/s.png", r"can't be written \(.*\); choose another place"),

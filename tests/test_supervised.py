@@ -337,3 +337,17 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
     assert len(parts) == 8
     assert torch.equal(torch.cat([part.inputs for part in parts]), whole.inputs)
     assert isinstance(run.batch.__self__, SampleBatches)
+
+
+def test_other_data_is_noticed(tmp_path, capsys):
+    """An added picture would move samples from one split to another."""
+    small.image_folder(tmp_path / "pictures")
+    recipe = small.recipe(tmp_path, data={"kind": "images", "source": str(tmp_path / "pictures")}, training__batch_size=8)
+    fit.train(recipe, quiet=True)
+    fit.evaluate(tmp_path / "run")
+    assert "isn't what it was" not in capsys.readouterr().err
+    shutil.copy(tmp_path / "pictures/class0/0.png", tmp_path / "pictures/class0/00.png")
+    fit.evaluate(tmp_path / "run")
+    assert "isn't what it was" in capsys.readouterr().err
+    with pytest.raises(InputError, match="its data isn't what it was when step-00000006 was written"):
+        fit.train(recipe, resume=True, quiet=True)

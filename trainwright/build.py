@@ -97,6 +97,7 @@ def _program(recipe: Recipe, built: Built, part: Part) -> Run:
         samples=part.samples,
         pictures=part.pictures,
         unit=part.unit,
+        fingerprint=part.fingerprint,
         notes=part.notes,
         averaged=average.swapped if average else nullcontext,
         extra=average,

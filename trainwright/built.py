@@ -58,7 +58,10 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """What a kind of data adds to a program; ``loop.Run`` explains the callables."""
+    """What a kind of data adds to a program; ``loop.Run`` explains the callables.
+
+    ``fingerprint`` is another one where the data of a split is.
+    """
 
     batches: Batches
     objective: Callable[[Any], Tensor]
@@ -68,6 +71,7 @@ class Part:
     measures: tuple[str, ...]
     save: Callable[[Path], None]
     unit: str
+    fingerprint: str
     flops: Callable[[Any], float] | None = None
     samples: Callable[[int], list[Sample]] | None = None
     pictures: Callable[[Path, str, Mapping[str, float]], list[Path]] | None = None

@@ -293,6 +293,8 @@ def evaluate(folder: Path, split: str | None = None, *, quiet: bool = False) -> 
             raise InputError(
                 f"{folder}: its recipe has no {split} data (data.{split} is null){has}, so there is nothing to measure on"
             )
+        if not runfolder.same_data(folder, run):
+            display.say("NOTE: the data isn't what it was in training: samples of this split may have been trained on")
         values = loop.evaluate(run, split)
         rows = [[name, f"{value:.4f}"] for name, value in values.items()]
         display.table(f"{split.replace('_', '-')} data of {folder}", ["metric", "value"], rows)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,10 +72,19 @@ def join(recipe: Recipe, built: Built, data: Data, compiled: bool) -> Part:
         measures=LANGUAGE_MODEL,
         save=partial(saving.save_model, recipe, model, built.config, built.source, tokenizer),
         unit="tokens",
+        fingerprint=_fingerprint(splits),
         flops=flops.counter(flops.decoder_work(model, model.config)) if isinstance(model, decoder.Decoder) else None,
         samples=samples(built, tokenizer, splits.held_out) if speaks and splits.held_out else None,
         notes=data_notes(splits, batches),
     )
+
+
+def _fingerprint(splits: text.TextSplits) -> str:
+    """SHA-256 over the lengths of all documents."""
+    total = hashlib.sha256()
+    for documents in filter(None, (splits.train, splits.held_out)):
+        total.update(np.ascontiguousarray(documents.offsets).tobytes())
+    return total.hexdigest()
 
 
 def _measure(

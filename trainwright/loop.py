@@ -59,6 +59,7 @@ class Run:
     factor    the learning rate of a step, as a multiple of each parameter group's peak
     splits    what is never trained on: held_out, test
     measure   batches of a split to its metrics
+    fingerprint  of the data: a run can't be resumed with other data
     averaged  a context in which the model holds the weights to be evaluated and saved
     save      writes the model in the format of its method
     flops     counts the work of a micro-batch, where that is known
@@ -82,6 +83,7 @@ class Run:
     save: Callable[[Path], None]
     compute_dtype: torch.dtype
     unit: str
+    fingerprint: str
     flops: Callable[[Batch], float] | None = None
     samples: Callable[[int], list[Sample]] | None = None
     pictures: Callable[[Path, str, Mapping[str, float]], list[Path]] | None = None

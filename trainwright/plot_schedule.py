@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a recipe, as a picture; nothing is trained or read."""
+"""The learning rate over the steps of a recipe, as a picture; nothing is trained."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ def plot_schedule(recipe: Recipe, steps: int | None, out: Path) -> dict[str, Any
     """Draw the learning rate of ``optimizer.learning_rate``; groups with another one follow the same shape.
 
     Args:
-        steps: the length of the run, where the recipe has no ``training.steps``.
+        steps: the length of the run; by default the recipe's, for which its data is read where it gives epochs.
         out: the picture, a .png.
 
     Returns:
         picture, steps, peak, and rates: the learning rate of every step, or of 1000 evenly spread ones with the first and last.
 
     Raises:
-        InputError: the number of steps isn't known, the schedule doesn't suit it, or ``out`` can't be written.
+        InputError: the schedule doesn't suit the number of steps, or ``out`` can't be written.
     """
     total = recipe.training.steps or steps
     if total is None:
-        raise InputError(
-            "the number of steps depends on the data, since the recipe has training.epochs or nothing; "
-            "give --steps N, or set training.steps"
-        )
+        from trainwright import build  # NOTE: here, because a schedule of known length needs no torch
+
+        total = build.assemble(recipe).steps
     if total < 1:
         raise InputError(f"--steps: found {total}; must be at least 1")
     factor, peak = schedules.factor(recipe.schedule, total), recipe.optimizer.learning_rate

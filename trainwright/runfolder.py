@@ -121,7 +121,8 @@ def capture(run: Run, extra: dict[str, Any]) -> tuple[dict[str, torch.Tensor], d
     tensors |= {f"buffer.{name}": b for name, b in run.model.named_buffers()}
     tensors |= run.extra.state() if run.extra else {}
     states, skeleton = checkpoint.flatten(run.optimizer.state_dict(), "optimizer")
-    return {**tensors, **states}, {"step": run.step, "optimizer": skeleton, "extra": extra}
+    state = {"step": run.step, "optimizer": skeleton, "extra": extra, "data": run.fingerprint}
+    return {**tensors, **states}, state
 
 
 def save_checkpoint(folder: Path, run: Run, extra: dict[str, Any]) -> Path:
@@ -135,11 +136,20 @@ def restore(folder: Path, run: Run, warn: Callable[[str], None]) -> dict[str, An
     loaded = checkpoint.newest_valid(folder, warn)
     if loaded is None:
         return {}
+    if loaded.state.get("data", run.fingerprint) != run.fingerprint:
+        raise InputError(f"{folder}: its data isn't what it was when {loaded.folder.name} was written; start a new run")
     restore_weights(run, loaded.tensors)
     run.optimizer.load_state_dict(checkpoint.unflatten(loaded.tensors, loaded.state["optimizer"]))
     run.step = loaded.state["step"]
     extra: dict[str, Any] = loaded.state["extra"]
     return extra
+
+
+def same_data(folder: Path, run: Run) -> bool:
+    """Whether the run's newest checkpoint was written with the data that there is now."""
+    newest = checkpoint.latest(folder)
+    state = json.loads((newest / checkpoint.STATE).read_text(encoding="utf-8")) if newest else {}
+    return bool(state.get("data", run.fingerprint) == run.fingerprint)
 
 
 @torch.no_grad()

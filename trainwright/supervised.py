@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -104,10 +105,21 @@ def join(recipe: Recipe, built: Built, data: Data) -> Part:
         measures=("loss", *names),
         save=partial(save, recipe, built, data),
         unit="samples",
+        fingerprint=_fingerprint(splits),
         flops=flops.sample_counter(built.model, forward, splits.train.inputs.take(np.zeros(1, dtype=np.int64))),
         pictures=partial(_pictures, named, forward, splits.preparation, task, size),
         notes=splits.notes,
     )
+
+
+def _fingerprint(splits: Splits) -> str:
+    """SHA-256 over the names of all samples and, but for masks, their targets."""
+    total = hashlib.sha256()
+    for examples in filter(None, (splits.train, splits.held_out, splits.test)):
+        total.update("\n".join([*examples.names, ""]).encode())
+        if examples.targets.ndim < 3:
+            total.update(examples.targets.contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _check_last_batch(recipe: Recipe, model: nn.Module, samples: int) -> None:
