@@ -43,7 +43,9 @@ class Display:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Rows under headings; all but the first column are aligned to the right."""
-        table = Table(title=title, title_justify="left", title_style="bold")
+        # NOTE: not the table's own title, which would be wrapped to the width of the columns.
+        self.out.print(title, style="bold", markup=False, soft_wrap=True)
+        table = Table()
         for index, column in enumerate(columns):
             table.add_column(column, justify="right" if index else "left")
         for row in rows:
