@@ -1,6 +1,6 @@
 """Time to accuracy: a recipe from the raw files to a saved model, once for each seed, measured on its test split afterwards.
 
-python -m benchmarks.accuracy recipes/fashion-resnet.yaml --seeds 5 --json
+python -m benchmarks.accuracy recipes/fashion-94.yaml --seeds 5 --json
 """
 
 from __future__ import annotations
