@@ -148,7 +148,9 @@ def find_lr(
 def plot_schedule(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="of the run, instead of reading the data where the recipe gives epochs")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="of the run; else the data is read where epochs say how long")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="the picture")] = Path("schedule.png"),
     as_json: AsJson = False,
 ) -> Job:
