@@ -43,11 +43,7 @@ class Cnn(nn.Module):
         super().__init__()
         channels, height, width = inputs
         count = len(options.channels)
-        if min(height, width) >> count == 0:
-            raise InputError(
-                f"model.options.channels: {count} stages halve the image {count} times, which takes {2**count} pixels a side; "
-                f"these have {height}x{width}: give at most {min(height, width).bit_length() - 1} stages, or set data.size"
-            )
+        check_halvings(count, height, width)
         sizes = [channels, *options.channels]
         self.stages = nn.Sequential(*(_stage(options, *pair) for pair in pairwise(sizes)))
         self.hidden = nn.Linear(sizes[-1] * (height >> count) * (width >> count), options.hidden)
@@ -70,6 +66,19 @@ def _stage(options: CnnOptions, inputs: int, outputs: int) -> nn.Module:
         layers += convolution(outputs if place else inputs, outputs, options.kernel, options.norm)
     pool = nn.MaxPool2d(2) if options.pooling == "max" else nn.AvgPool2d(2)
     return nn.Sequential(*layers, pool)
+
+
+def check_halvings(count: int, height: int, width: int) -> None:
+    """That an image survives so many poolings by two.
+
+    Raises:
+        InputError: it doesn't, with the most that it does.
+    """
+    if min(height, width) >> count == 0:
+        raise InputError(
+            f"model.options.channels: {count} stages halve the image {count} times, which takes {2**count} pixels a side; "
+            f"these have {height}x{width}: give at most {min(height, width).bit_length() - 1} stages, or set data.size"
+        )
 
 
 def convolution(inputs: int, outputs: int, kernel: int, norm: Literal["batch", "none"]) -> list[nn.Module]:

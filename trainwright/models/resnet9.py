@@ -8,8 +8,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainwright.models.cnn import convolution
-from trainwright.recipe import InputError
+from trainwright.models.cnn import check_halvings, convolution
 from trainwright.recipe.base import AboveZero, Positive, Section
 
 
@@ -50,12 +49,7 @@ class Resnet9(nn.Module):
     def __init__(self, options: Resnet9Options, inputs: tuple[int, ...], outputs: int) -> None:
         super().__init__()
         channels, height, width = inputs
-        count = len(options.channels)
-        if min(height, width) >> count == 0:
-            raise InputError(
-                f"model.options.channels: {count} stages halve the image {count} times, which takes {2**count} pixels a side; "
-                f"these have {height}x{width}: give fewer stages, or set data.size"
-            )
+        check_halvings(len(options.channels), height, width)
         self.stem = nn.Sequential(*convolution(channels, options.stem, 3, "batch"))
         sizes = [options.stem, *options.channels]
         self.stages = nn.Sequential(*(Stage(*pair) for pair in pairwise(sizes)))
