@@ -9,11 +9,11 @@ from torch import nn
 from trainwright.models.contract import Change
 
 
-class _Held:
+class _Held(nn.Module):
     """Before a BatchNorm class: it stays in evaluation mode whatever mode the model is in."""
 
     def train(self, mode: bool = True) -> Self:
-        return super().train(False)  # type: ignore[misc]
+        return super().train(False)
 
 
 class HeldBatchNorm1d(_Held, nn.BatchNorm1d):
