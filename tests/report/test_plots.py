@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from sklearn import datasets
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import classification_report
 
 from trainwright.recipe import InputError, RunError, Task
 from trainwright.report import plots, style
@@ -258,18 +257,3 @@ def test_wrong_values_are_told(tmp_path):
     with pytest.raises(InputError, match=r"targets aren't finite for 1 of 5 samples of the held-out data; first: row 3"):
         write(tmp_path, Task("values", 2), values, values.index_fill(0, torch.tensor([3]), torch.nan))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_table_of_classes_equals_scikit_learns():
-    outputs, targets = classes()
-    found = plots.table(Task("classes", 3, LABELS), outputs, targets)
-    theirs = classification_report(targets, outputs.argmax(1), target_names=LABELS, output_dict=True)
-    for label, samples, *rates in found:
-        expected = [theirs[label][name] for name in ("precision", "recall", "f1-score")]
-        assert [float(rate) for rate in rates] == pytest.approx(expected, abs=1e-4)
-        assert int(samples) == theirs[label]["support"]
-
-
-def test_the_table_says_where_something_is_undefined():
-    row = plots.table(Task("classes", 3, LABELS), torch.eye(3)[[0, 1]], torch.tensor([0, 1]))[2]
-    assert row == [LABELS[2], "0", "-", "-", "-"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 
 from trainwright.recipe import InputError, RunError, Task
@@ -66,21 +65,6 @@ def write(
     for name in set(FILES) - {path.name for path in paths}:
         (folder / name).unlink(missing_ok=True)
     return paths
-
-
-def table(task: Task, outputs: Tensor, targets: Tensor) -> list[list[str]]:
-    """A row for each class of a task that isn't dense: class, samples, precision, recall, F1; '-' where undefined."""
-    assert task.kind != "values"
-    assert not task.dense
-    found = score(task, outputs, targets, [""] * len(targets), "")
-    columns = precision_recall_fscore_support(
-        found.actual, found.predicted, labels=np.arange(len(found.labels)), zero_division=np.nan
-    )
-    *rates, counts = (np.asarray(column) for column in columns)
-    return [
-        [label, f"{counts[place]:,}", *("-" if np.isnan(rate[place]) else f"{rate[place]:.4f}" for rate in rates)]
-        for place, label in enumerate(found.labels)
-    ]
 
 
 def _check(task: Task, outputs: Tensor, targets: Tensor, names: Sequence[str], split: str) -> None:
