@@ -1,5 +1,6 @@
 """Images, tables and series from a recipe to a model, through the same loop, checkpoints and command line as text."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -58,7 +59,7 @@ def test_ten_lines_of_python(tmp_path):
 
 LOSSES = [
     {"name": "cross_entropy", "label_smoothing": 0.1},
-    {"name": "cross_entropy", "weights": "balanced"},
+    {"name": "cross_entropy", "weights": [0.1, 2.0, 0.3, 5.0, 1.0, 0.2, 3.0, 0.5, 1.5, 4.0]},
     {"name": "focal"},
 ]
 
@@ -66,11 +67,13 @@ LOSSES = [
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_micro_batches_give_the_gradients_of_the_whole_batch(tmp_path, loss):
     gradients = []
-    for micro in (24, 3, 1):
-        sizes = {"training__batch_size": 24, "training__micro_batch_size": micro}
+    for micro in (24, 8, 3):
+        sizes = {"training__batch_size": 24, "training__micro_batch_size": micro, "data__limit": 197}
         run = build.assemble(small.recipe(tmp_path, loss=loss, **sizes, training__clip_norm=None))
         run.model.train()
-        run.forward_backward(run.batch(0))
+        last = run.steps_per_epoch - 1
+        assert run.batch(last)[-1].size == {24: 5, 8: 5, 3: 2}[micro], "the last portion is smaller"
+        run.forward_backward([*run.batch(0), *run.batch(last)])
         gradients.append({name: p.grad.clone() for name, p in run.model.named_parameters()})
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
@@ -220,6 +223,45 @@ def test_the_average_is_evaluated_and_saved(tmp_path):
     assert loop.evaluate(run) != plain
 
 
+def test_a_run_saves_the_average(tmp_path):
+    ema = {"decay": 0.95, "warmup": False}
+    result = fit.train(small.recipe(tmp_path, training__ema=ema, training__steps=9), quiet=True)
+    measured = fit.evaluate(tmp_path / "run", quiet=True)["held_out"]
+    assert measured["loss"] == pytest.approx(result["held_out"]["after"]["loss"], rel=1e-5)
+
+
+def test_each_epoch(tmp_path):
+    changes = {"evaluation__every": "epoch", "checkpoint__every": "epoch", "checkpoint__keep": 9}
+    fit.train(small.recipe(tmp_path, training={"epochs": 3, "batch_size": 64}, **changes), quiet=True)
+    evaluated = [line["step"] for line in measured(tmp_path / "run/metrics.jsonl") if "split" in line]
+    assert evaluated == [0, 4, 8, 12]
+    saved = sorted(int(folder.name.removeprefix("step-")) for folder in (tmp_path / "run/checkpoints").iterdir())
+    assert saved == [4, 8, 12]
+
+
+def test_random_numbers_depend_on_seed_and_step(tmp_path):
+    run = build.assemble(small.recipe(tmp_path))
+
+    def drawn(step):
+        loop.seed(run, step)
+        return torch.rand(3).tolist()
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+def test_augmentation_is_told_step_and_positions(tmp_path):
+    told = []
+
+    def augment(step, positions, batch, fetch):
+        told.append((step, positions.tolist(), batch))
+        return fetch(positions)
+
+    run = build.assemble(small.recipe(tmp_path, training__batch_size=64, training__micro_batch_size=32))
+    batches = dataclasses.replace(run.batch.__self__, augment=augment)
+    batches.batch(5)
+    assert told == [(5, [*range(32)], 64), (5, [*range(32, 64)], 64)]
+
+
 def test_early_stop(tmp_path):
     stop = {"metric": "loss", "direction": "minimize", "patience": 2, "min_delta": 1e9}
     recipe = small.recipe(tmp_path, training__steps=50, evaluation__every=2, evaluation__stop=stop)
@@ -278,6 +320,7 @@ def test_end_to_end(tmp_path, case):
     assert after["loss"] < before["loss"]
     measured = fit.evaluate(tmp_path / "run", quiet=True)
     values = measured[measured["split"]]
+    assert measured["split"] == ("test" if "test" in changes.get("data", {}) else "held_out")
     assert all(isinstance(value, float) and math.isfinite(value) for value in values.values()), values
     names = {path.rsplit("/", 1)[-1] for path in measured["plots"]}
     assert any(name.endswith(".png") for name in names)
