@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainwright.data import sampler
-from trainwright.recipe import InputError
 
 sizes = st.tuples(st.integers(0, 2**31 - 1), st.integers(1, 50), st.integers(1, 12))
 
@@ -54,18 +53,3 @@ def test_rows_cannot_be_changed_by_who_receives_them() -> None:
 def test_micro_batches_keep_the_order_and_the_rest() -> None:
     portions = sampler.micro_batches(np.arange(7), 3)
     assert [portion.tolist() for portion in portions] == [[0, 1, 2], [3, 4, 5], [6]]
-
-
-@given(st.integers(0, 2**31 - 1), st.integers(2, 300), st.floats(0.001, 0.999))
-def test_held_out_documents_are_a_part_that_is_never_empty_nor_all(seed: int, count: int, fraction: float) -> None:
-    train, held_out = sampler.held_out_ids(seed, count, fraction)
-    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(count))
-    assert min(len(train), len(held_out)) >= 1
-    assert abs(len(held_out) - fraction * count) <= 1
-    again = sampler.held_out_ids(seed, count, fraction)
-    assert [ids.tolist() for ids in again] == [train.tolist(), held_out.tolist()]
-
-
-def test_one_document_cannot_be_divided() -> None:
-    with pytest.raises(InputError, match=r"data\.held_out is 0\.05.*one document.*another file"):
-        sampler.held_out_ids(0, 1, 0.05)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedShuffleSplit
 
 from trainwright.data import splitting
-from trainwright.data.sampler import HELD_OUT, shuffled
+from trainwright.data.sampler import shuffled
 from trainwright.recipe import ArrayData, InputError
 
 FRACTIONS = st.floats(0.01, 0.99)
@@ -51,13 +51,13 @@ def test_each_sample_is_as_likely_as_any_other():
 
 def test_the_draws_are_not_those_of_epochs_nor_of_each_other():
     """NumPy's SeedSequence fills up with zeros, so that (seed, 1, 0) is (seed, 1)."""
-    salts = [splitting.HELD_OUT, splitting.TEST, splitting.LIMIT, HELD_OUT]
+    salts = [splitting.HELD_OUT, splitting.TEST, splitting.LIMIT, splitting.DOCUMENTS]
     orders = [shuffled((7, *salt), 50) for salt in salts] + [shuffled((7, epoch), 50) for epoch in range(5)]
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
 def test_one_sample_cannot_be_divided():
-    with pytest.raises(InputError, match=r"data\.test is 0\.5, but there is one sample"):
+    with pytest.raises(InputError, match=r"data\.test is 0\.5, but there is only one sample or document"):
         splitting.split(0, splitting.TEST, None, 1, 0.5, "data.test")
 
 

@@ -324,7 +324,7 @@ FAULTS = {
     "nothing": ("", {}, "no header"),
     "open quote": ('x,y\n1,"1\n', {}, "malformed CSV"),
     "commas": ('x;y\n"1,5";1\n"2,5";2\n', {}, "column 'x': numbers with decimal commas; write points"),
-    "one row": ("x,y\n1,1\n", {}, "data.held_out is 0.1, but there is one sample"),
+    "one row": ("x,y\n1,1\n", {}, "data.held_out is 0.1, but there is only one sample or document"),
     "too many categories": ("x,y\n" + "".join(f"c{n},{n}\n" for n in range(1200)), {},
         "column 'x': 1,080 categories in 1,080 training rows"),
     "no file": (None, {}, "data: no such file: t.csv"),

@@ -277,7 +277,7 @@ def test_the_training_data_cannot_be_held_out(section: Any, tokenizer: PreTraine
 
 
 def test_one_document_cannot_be_divided(section: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(InputError, match="one document, which can't be divided"):
+    with pytest.raises(InputError, match="only one sample or document, which can't be divided"):
         prepare(section(numbered(1), held_out=0.05), tokenizer)
 
 

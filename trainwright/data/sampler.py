@@ -1,4 +1,4 @@
-"""Which rows a step trains on, and which documents none does: pure functions of the seed and the step.
+"""Which rows a step trains on: pure functions of the seed and the step.
 
 So resuming needs no state but the step, and the data is the same for any number of processes.
 """
@@ -8,10 +8,6 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-
-from trainwright.recipe import InputError
-
-HELD_OUT = (0, 1)  # after the seed: keeps this draw apart from the orders of the epochs
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -39,18 +35,6 @@ def global_batch(seed: int, step: int, rows: int, batch_size: int) -> np.ndarray
 def micro_batches(ids: np.ndarray, micro_batch_size: int) -> list[np.ndarray]:
     """The ids in portions of ``micro_batch_size``, in order; the last one may be shorter."""
     return [ids[first : first + micro_batch_size] for first in range(0, len(ids), micro_batch_size)]
-
-
-def held_out_ids(seed: int, documents: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(ids to train on, ids held out), sorted int64, neither of them empty."""
-    if documents < 2:
-        raise InputError(
-            f"data.held_out is {fraction}, but the data is one document, which can't be divided; "
-            "set held_out to another file, or to null to do without"
-        )
-    held_out = min(max(round(fraction * documents), 1), documents - 1)
-    order = shuffled((seed, *HELD_OUT), documents)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
 def shuffled(entropy: tuple[int, ...], count: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from trainwright.recipe import ArrayBase, InputError
 
 # After the seed: keep these draws apart from the orders of the epochs and from each other.
 # NOTE: SeedSequence fills up with zeros, so (seed, 1, 0) would be the order of epoch 1; the last number must not be 0.
-HELD_OUT, TEST, LIMIT = (0, 2), (0, 3), (0, 4)
+DOCUMENTS, HELD_OUT, TEST, LIMIT = (0, 1), (0, 2), (0, 3), (0, 4)
 
 AUTO = "auto"
 FRACTIONS = {"held_out": 0.1, "test": None}  # what auto means where the source brings no split of its own
@@ -29,7 +29,10 @@ def split(
         InputError: fewer than two samples; ``key`` is the recipe's key that asked.
     """
     if count < 2:
-        raise InputError(f"{key} is {fraction}, but there is one sample, which can't be divided; set it to null or a file")
+        raise InputError(
+            f"{key} is {fraction}, but there is only one sample or document, which can't be divided; "
+            "set it to null, or to a file"
+        )
     mask = _drawn(seed, salt, classes, count, min(max(round(fraction * count), 1), count - 1))
     return np.flatnonzero(~mask), np.flatnonzero(mask)
 

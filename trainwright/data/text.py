@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from trainwright.data import packing, sampler, sources
+from trainwright.data import packing, sources, splitting
 from trainwright.data.packing import Counts, Documents
 from trainwright.data.sources import Columns, Row
 from trainwright.recipe import InputError, TextData
@@ -192,7 +192,9 @@ def _make(section: TextData, encoder: Encoder, seed: int, progress: Callable[[in
         held_out_ids = np.arange(len(held_out))
     else:
         held_out = train
-        train_ids, held_out_ids = sampler.held_out_ids(seed, len(train), section.held_out)
+        train_ids, held_out_ids = splitting.split(
+            seed, splitting.DOCUMENTS, None, len(train), section.held_out, "data.held_out"
+        )
     return TextSplits(
         _fit(train, train_ids, section, "training"), _fit(held_out, held_out_ids, section, "held-out"), cached=False
     )
@@ -249,7 +251,7 @@ def _key(section: TextData, encoder: Encoder, seed: int) -> str:
         # With the padding and truncation of the latest call, which is the encoder's: none.
         "tokenizer": encoder.tokenizer.backend_tokenizer.to_str(),
         "special": (encoder.tokenizer.chat_template, encoder.tokenizer.special_tokens_map),
-        "code": [Path(file).read_text() for file in (__file__, packing.__file__, sampler.__file__, sources.__file__)],
+        "code": [Path(file).read_text() for file in (__file__, packing.__file__, splitting.__file__, sources.__file__)],
     }
     if isinstance(section.held_out, str):
         parts["held_out"] = sources.fingerprint(section.held_out)
