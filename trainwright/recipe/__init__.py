@@ -48,6 +48,7 @@ from trainwright.recipe.learning import (
     Weighted,
 )  # fmt: skip
 from trainwright.recipe.model import Adapt, Full, Init, Lora, Model, Partial, Scheme
+from trainwright.recipe.parallel import Parallel
 from trainwright.recipe.running import (
     Best,
     Checkpoint,
@@ -103,6 +104,7 @@ __all__ = [
     "Mse",
     "OneCycle",
     "Optimizer",
+    "Parallel",
     "Partial",
     "RMSProp",
     "Recipe",

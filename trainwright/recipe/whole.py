@@ -10,6 +10,7 @@ from trainwright.recipe.base import Section
 from trainwright.recipe.data import Data, TextData
 from trainwright.recipe.learning import AdamW, Cosine, CrossEntropy, Loss, Optimizer, Schedule
 from trainwright.recipe.model import Adapt, Full, Model
+from trainwright.recipe.parallel import Parallel
 from trainwright.recipe.running import Checkpoint, Evaluation, RunOptions, Tracking, Training
 
 DECODER = "decoder"
@@ -43,6 +44,7 @@ class Recipe(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="bf16: products in bf16, frozen weights stored in bf16, trained ones keep fp32 masters"
     )
+    parallel: Parallel = Field(default_factory=Parallel)
     training: Training = Field(default_factory=Training)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)

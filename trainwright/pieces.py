@@ -1,0 +1,80 @@
+"""Parts of tensors: which box of a whole tensor a process holds. What shards, saves and loads speaks in these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The box that begins at ``start`` and has ``size`` in a tensor of ``shape``; empty where a size is 0."""
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @staticmethod
+    def all_of(shape: tuple[int, ...]) -> Piece:
+        """The whole tensor."""
+        return Piece(tuple(shape), (0,) * len(shape), tuple(shape))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is everything."""
+        return self.size == self.shape
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.size)
+
+    def slices(self) -> tuple[slice, ...]:
+        """What picks it from the whole tensor."""
+        return tuple(slice(first, first + count) for first, count in zip(self.start, self.size, strict=True))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its view of the whole tensor."""
+        assert tuple(tensor.shape) == self.shape, (tensor.shape, self.shape)
+        return tensor[self.slices()]
+
+    def narrow(self, dim: int, first: int, count: int) -> Piece:
+        """The part of it from ``first``, counted inside of it, along a dimension."""
+        assert 0 <= first <= first + count <= self.size[dim]
+        start, size = list(self.start), list(self.size)
+        start[dim], size[dim] = start[dim] + first, count
+        return Piece(self.shape, tuple(start), tuple(size))
+
+    def chunk(self, parts: int, index: int, dim: int = 0) -> Piece:
+        """Part ``index`` as ``torch.chunk`` cuts it: the last ones may be shorter, or empty."""
+        rows = self.size[dim]
+        each = -(-rows // parts)
+        first = min(index * each, rows)
+        return self.narrow(dim, first, min(each, rows - first))
+
+    def overlap(self, other: Piece) -> Piece | None:
+        """What two pieces of the same tensor share; None where that is nothing."""
+        assert self.shape == other.shape
+        start = tuple(map(max, self.start, other.start))
+        ends = [min(a + m, b + n) for a, m, b, n in zip(self.start, self.size, other.start, other.size, strict=True)]
+        size = tuple(end - first for first, end in zip(start, ends, strict=True))
+        return Piece(self.shape, start, size) if all(count > 0 for count in size) else None
+
+    def inside(self, outer: Piece) -> Piece:
+        """The same box, as a piece of ``outer``, which contains it."""
+        start = tuple(mine - its for mine, its in zip(self.start, outer.start, strict=True))
+        return Piece(outer.size, start, self.size)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds of a tensor: the values of ``piece``, on any device.
+
+    ``speaks``: of the processes that hold the same values, this one saves them, sends them, and counts them in sums.
+    """
+
+    tensor: Tensor
+    piece: Piece
+    speaks: bool = True
