@@ -347,7 +347,7 @@ def measure_as_rank(rank, store, answers):
     for (kind, task), stop in itertools.product(TASKS.items(), STOPS):
         outputs, targets = draw(task)
         part = slice(0, stop) if rank == 0 else slice(stop, 21)
-        meter = Meter([name for name in NAMES[kind] if name in GATHERED], task)
+        meter = Meter([name for name in NAMES[kind] if name in GATHERED], task, group=distributed.group.WORLD)
         for x, y in zip(outputs[part].split(4), targets[part].split(4), strict=True):
             if len(x):
                 meter.update(x, y)

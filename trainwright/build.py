@@ -9,21 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainwright import ema, language, optim, runfolder, schedules
 from trainwright.adapt import full, lora, norms
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built, Part, Shape
 from trainwright.data import text
-from trainwright.loop import Run, accumulate
+from trainwright.loop import Batch, Run, accumulate
 from trainwright.memory import layout, precision
 from trainwright.models import catalogue, decoder, init, pretrained, user
 from trainwright.models.contract import Change
@@ -76,6 +76,13 @@ def _program(recipe: Recipe, built: Built, part: Part) -> Run:
     average = ema.Average(built.model, recipe.training.ema) if recipe.training.ema else None
     if average:
         optimizer.register_step_post_hook(average.update)
+
+    def objective(batch: Batch) -> Tensor:
+        return part.sums(part.forward(built.model, batch, None), batch)
+
+    def measure(batches: Iterable[Batch], progress: Callable[[int], None]) -> dict[str, float]:
+        return part.measure(((batch, part.forward(built.model, batch, None)) for batch in batches), progress)
+
     return Run(
         recipe=recipe,
         model=built.model,
@@ -87,10 +94,10 @@ def _program(recipe: Recipe, built: Built, part: Part) -> Run:
         steps_per_epoch=per_epoch,
         batch=part.batches.batch,
         identity=part.batches.identity,
-        forward_backward=partial(accumulate, part.objective, part.count),
+        forward_backward=partial(accumulate, objective, part.count),
         clip=partial(optim.clip_, trained, recipe.training.clip_norm),
         splits=part.splits,
-        measure=part.measure,
+        measure=measure,
         flops=part.flops,
         save=part.save,
         compute_dtype=built.compute_dtype,

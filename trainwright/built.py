@@ -14,7 +14,10 @@ from trainwright.loop import Batch, Sample
 from trainwright.memory.precision import Precision
 from trainwright.models.contract import Change
 from trainwright.models.pretrained import Source
+from trainwright.parallel.mesh import Mesh
 from trainwright.recipe import Task
+
+Forward = Callable[[nn.Module, Any, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Built:
     source: Source | None
     precision: Precision
     device: torch.device
+    mesh: Mesh = field(default_factory=Mesh)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -58,16 +62,22 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """What a kind of data adds to a program; ``loop.Run`` explains the callables.
+    """What a kind of data adds to a program; ``loop.Run`` explains what isn't explained here.
 
-    ``fingerprint`` is another one where the data of a split is.
+    forward   (module, batch, hidden) to the module's outputs; where ``module`` isn't the first part of the model, ``hidden`` is
+              what the parts before it made of the batch
+    sums      (outputs, batch) to the sums of the loss, 0-dim or (terms,)
+    count     a batch to what those are divided by, known before the forward
+    measure   batches with their outputs to metrics, over all processes that share the data
+    fingerprint  another one where the data of a split is
     """
 
     batches: Batches
-    objective: Callable[[Any], Tensor]
+    forward: Forward
+    sums: Callable[[Tensor, Any], Tensor]
     count: Callable[[Any], Tensor | int]
     splits: Mapping[str, Callable[[], Iterable[Batch]]]
-    measure: Callable[[Iterable[Any], Callable[[int], None]], dict[str, float]]
+    measure: Callable[[Iterable[tuple[Any, Tensor]], Callable[[int], None]], dict[str, float]]
     measures: tuple[str, ...]
     save: Callable[[Path], None]
     unit: str

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from trainwright import flops, losses, saving
-from trainwright.built import Built, Part
-from trainwright.data import loader, packing, text
+from trainwright.built import Built, Forward, Part
+from trainwright.data import loader, packing, sampler, text
 from trainwright.loop import Sample
 from trainwright.memory import precision
 from trainwright.metrics.language import LANGUAGE_MODEL, language_model
 from trainwright.models import decoder, pretrained
+from trainwright.parallel import collectives
 from trainwright.recipe import CrossEntropy, InputError, Recipe, TextData
 from trainwright.sampling import Sampling, tokens
 
@@ -59,16 +60,17 @@ def prepare(recipe: Recipe, built: Built, splits: text.TextSplits | None, progre
 def join(recipe: Recipe, built: Built, data: Data, compiled: bool) -> Part:
     """Batches, objective and metrics of a language model."""
     splits, tokenizer, model = data.splits, data.tokenizer, built.model
-    batches = make_loader(recipe, splits.train, tokenizer, built.device)
+    batches = make_loader(recipe, splits.train, tokenizer, built)
     held_out = held_out_batches(recipe, splits.held_out, batches)
-    objective = objective_of(built, recipe, compiled)
+    sums = sums_of(built, recipe, compiled)
     speaks = isinstance(model, decoder.Decoder)
     return Part(
         batches=batches,
-        objective=objective,
+        forward=forward_of(built),
+        sums=sums,
         count=lambda batch: batch.supervised,
         splits={"held_out": held_out} if held_out else {},
-        measure=partial(_measure, objective),
+        measure=partial(_measure, sums, built),
         measures=LANGUAGE_MODEL,
         save=partial(saving.save_model, recipe, model, built.config, built.source, tokenizer),
         unit="tokens",
@@ -88,13 +90,17 @@ def _fingerprint(splits: text.TextSplits) -> str:
 
 
 def _measure(
-    objective: Callable[[Any], Tensor], batches: Iterable[loader.TextBatch], progress: Callable[[int], None]
+    sums: Callable[[Tensor, Any], Tensor],
+    built: Built,
+    outputs: Iterable[tuple[loader.TextBatch, Tensor]],
+    progress: Callable[[int], None],
 ) -> dict[str, float]:
-    total, count = 0.0, 0
-    for batch in batches:
-        total, count = total + objective(batch).item(), count + batch.supervised
+    found = torch.zeros(2, dtype=torch.float64)
+    for batch, output in outputs:
+        found += torch.tensor([sums(output, batch).item(), batch.supervised], dtype=torch.float64)
         progress(batch.size)
-    return language_model(total, count)
+    total, count = collectives.sum_(found.to(built.device), built.mesh.data).tolist()
+    return language_model(total, int(count))
 
 
 def text_of(recipe: Recipe) -> TextData:
@@ -114,25 +120,36 @@ def find_tokenizer(recipe: Recipe, source: pretrained.Source | None) -> PreTrain
     return pretrained.load_tokenizer(source)
 
 
-def objective_of(built: Built, recipe: Recipe, compiled: bool) -> Callable[[Any], Tensor]:
-    """A text batch to its loss, summed over the supervised tokens."""
+def forward_of(built: Built) -> Forward:
+    """A text batch to a model's hidden states, or to a user's module's logits."""
+    takes_documents = _takes_documents(built.model)
+
+    def forward(module: nn.Module, batch: loader.TextBatch, hidden: Tensor | None = None) -> Tensor:
+        torch._dynamo.mark_dynamic(batch.documents, 0)  # else each number of documents would be compiled anew
+        tokens, positions = (x.to(built.device, non_blocking=True) for x in (batch.tokens, batch.positions))
+        first = tokens if hidden is None else hidden
+        with precision.context(built.precision, built.device):
+            outputs: Tensor = module(first, positions, batch.documents) if takes_documents else module(first)
+        return outputs
+
+    return forward
+
+
+def sums_of(built: Built, recipe: Recipe, compiled: bool) -> Callable[[Tensor, Any], Tensor]:
+    """What the forward gave of a text batch to the loss, summed over the supervised tokens."""
     assert isinstance(recipe.loss, CrossEntropy)
     section = recipe.loss
-    model, takes_documents = built.model, _takes_documents(built.model)
     split = torch.compile(losses.split_softmax, dynamic=True) if compiled else losses.split_softmax
-    head_weight: Callable[[], Tensor] | None = getattr(model, "head_weight", None)
+    head_weight: Callable[[], Tensor] | None = getattr(built.model, "head_weight", None)
 
-    def objective(batch: loader.TextBatch) -> Tensor:
-        batch = batch.to(built.device)
-        torch._dynamo.mark_dynamic(batch.documents, 0)  # else each number of documents would be compiled anew
+    def sums(outputs: Tensor, batch: loader.TextBatch) -> Tensor:
+        labels = batch.labels.to(built.device, non_blocking=True)
         with precision.context(built.precision, built.device):
-            inputs = (batch.tokens, batch.positions, batch.documents) if takes_documents else (batch.tokens,)
-            out = model(*inputs)
             if head_weight is not None:
-                return losses.token_cross_entropy(out, head_weight(), batch.labels, section, split)[0]
-            return losses.logits_cross_entropy(out, batch.labels, section)[0]
+                return losses.token_cross_entropy(outputs, head_weight(), labels, section, split)[0]
+            return losses.logits_cross_entropy(outputs, labels, section)[0]
 
-    return objective
+    return sums
 
 
 def speaking(built: Built, tokenizer: PreTrainedTokenizerFast) -> Callable[[list[int], Sampling], Iterator[int]]:
@@ -179,26 +196,28 @@ def _rows(recipe: Recipe, documents: packing.Documents) -> list:
     return packing.one_per_row(documents.lengths)
 
 
-def micro_batch_size(recipe: Recipe, device: torch.device) -> int:
-    """What the recipe says, else the largest divisor of the batch size with at most ``MICRO_BATCH_TOKENS``."""
-    training = recipe.training
-    if training.micro_batch_size:
-        return training.micro_batch_size
+def micro_batch_size(recipe: Recipe, device: torch.device, processes: int) -> int:
+    """What the recipe says, else the largest divisor of a process's part of the batch with at most ``MICRO_BATCH_TOKENS``."""
+    part = recipe.training.batch_size // processes
+    if recipe.training.micro_batch_size:
+        return recipe.training.micro_batch_size
     fitting = max(1, MICRO_BATCH_TOKENS.get(device.type, 1024) // text_of(recipe).sequence_length)
-    return max(n for n in range(1, training.batch_size + 1) if training.batch_size % n == 0 and n <= fitting)
+    return max(n for n in range(1, part + 1) if part % n == 0 and n <= fitting)
 
 
 def make_loader(
-    recipe: Recipe, documents: packing.Documents, tokenizer: PreTrainedTokenizerFast, device: torch.device
+    recipe: Recipe, documents: packing.Documents, tokenizer: PreTrainedTokenizerFast, built: Built
 ) -> loader.Loader:
+    data = built.mesh.data
     return loader.Loader(
         documents,
         _rows(recipe, documents),
         length=text_of(recipe).sequence_length,
         batch_size=recipe.training.batch_size,
-        micro_batch_size=micro_batch_size(recipe, device),
+        micro_batch_size=micro_batch_size(recipe, built.device, data.size),
         seed=recipe.run.seed,
         pad_id=_pad_id(tokenizer),
+        share=sampler.Share(data.index, data.size),
     )
 
 
@@ -219,6 +238,7 @@ def held_out_batches(
         batches.micro_batch_size,
         length=batches.length,
         pad_id=batches.pad_id,
+        share=batches.share,
     )
 
 

@@ -59,6 +59,8 @@ class Run:
     factor    the learning rate of a step, as a multiple of each parameter group's peak
     splits    what is never trained on: held_out, test
     measure   batches of a split to its metrics
+    together  sums of numbers over all processes that share the data
+    stream    makes the random numbers of this process others than those of processes with other parts of the data
     fingerprint  of the data: a run can't be resumed with other data
     averaged  a context in which the model holds the weights to be evaluated and saved
     save      writes the model in the format of its method
@@ -89,6 +91,8 @@ class Run:
     pictures: Callable[[Path, str, Mapping[str, float]], list[Path]] | None = None
     averaged: Callable[[], AbstractContextManager[object]] = nullcontext
     extra: Extra | None = None
+    together: Callable[[list[float]], list[float]] = lambda numbers: numbers
+    stream: int = 0
     notes: list[str] = field(default_factory=list)
     step: int = 0
 
@@ -137,13 +141,14 @@ def _take_step(run: Run) -> StepResult:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step = step + 1
+    size, supervised = run.together([sum(batch.size for batch in batches), sum(batch.supervised for batch in batches)])
     return StepResult(
         step=run.step,
         loss=loss,
         learning_rate=run.optimizer.param_groups[0]["lr"],
         grad_norm=norm,
-        size=sum(batch.size for batch in batches),
-        supervised=sum(batch.supervised for batch in batches),
+        size=round(size),
+        supervised=round(supervised),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory(run.device),
         flops=sum(run.flops(batch) for batch in batches) if run.flops else 0.0,
@@ -155,14 +160,32 @@ def seed(run: Run, step: int) -> None:
 
     NOTE: not ``torch.manual_seed``, which notes a stack trace at each call as long as CUDA is there but unused.
     """
-    number = run.recipe.run.seed * 1_000_003 + step
+    number = run.recipe.run.seed * 1_000_003 + step + (run.stream << 52)
     torch.default_generator.manual_seed(number)
     if run.device.type != "cpu":
         torch.get_device_module(run.device).manual_seed(number)
 
 
+def count_all(count: Callable[[Batch], Tensor | int], batches: Sequence[Batch], total: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the sums of a step's losses are divided by, float64, over all processes.
+
+    Raises:
+        RunError: nothing counts in the whole batch.
+    """
+    counts = total(torch.stack([torch.as_tensor(count(batch), dtype=torch.float64) for batch in batches]).sum(0))
+    if not counts.gt(0).all():
+        raise RunError("nothing to learn in a batch: every target is ignored, or weighs nothing")
+    return counts
+
+
 def accumulate(
-    objective: Callable[[Batch], Tensor], count: Callable[[Batch], Tensor | int], batches: Sequence[Batch]
+    objective: Callable[[Batch], Tensor],
+    count: Callable[[Batch], Tensor | int],
+    batches: Sequence[Batch],
+    *,
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    portion: Callable[[bool], AbstractContextManager[object]] = lambda last: nullcontext(),
+    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> Tensor:
     """Gradients of the mean loss over all micro-batches; gives that mean.
 
@@ -172,20 +195,21 @@ def accumulate(
     Args:
         objective: a micro-batch to its loss sums, 0-dim or (terms,).
         count: a micro-batch to what those are divided by, known before the forward.
+        total: the sum of a tensor over all processes that share the batch.
+        portion: what each micro-batch runs in; told whether it is the last of the step.
 
     Raises:
         RunError: nothing counts in the whole batch.
     """
-    counts = sum(count(batch) for batch in batches)
-    if not torch.as_tensor(counts).gt(0).all():
-        raise RunError("nothing to learn in a batch: every target is ignored, or weighs nothing")
-    total = torch.zeros(())
-    for batch in batches:
-        sums = objective(batch)
-        loss = (sums / (counts.to(sums) if isinstance(counts, Tensor) else counts)).sum()
-        loss.backward()
-        total = total.to(loss.device) + loss.detach()
-    return total
+    counts = count_all(count, batches, total)
+    mean = torch.zeros(())
+    for number, batch in enumerate(batches, 1):
+        with portion(number == len(batches)):
+            sums = objective(batch)
+            loss = (sums / counts.to(sums)).sum()
+            backward(loss)
+        mean = mean.to(loss.device) + loss.detach()
+    return total(mean)
 
 
 @torch.no_grad()

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from trainwright import flops, saving
-from trainwright.built import Built, Part, Shape
+from trainwright.built import Built, Forward, Part, Shape
 from trainwright.data import arrays, augment, images, series, tables
 from trainwright.data.batches import SampleBatch, SampleBatches, in_order
 from trainwright.data.examples import Examples, Preparation, Splits
+from trainwright.data.sampler import ALONE, Share
 from trainwright.losses import criteria
 from trainwright.memory import layout, precision
 from trainwright.metrics import meter
+from trainwright.parallel import collectives
 from trainwright.predictor import Predictor
 from trainwright.recipe import ArrayData, ImageData, InputError, Recipe, SeriesData, TableData, Task
 from trainwright.recipe.file import dump
@@ -86,28 +88,33 @@ def join(recipe: Recipe, built: Built, data: Data) -> Part:
     forward = forward_of(built, splits.preparation)
     to_loss = splits.preparation.targets
 
-    def objective(batch: SampleBatch) -> Tensor:
-        targets = to_loss(batch.targets.to(built.device, non_blocking=True))
-        return criterion.sums(forward(batch.inputs), targets)
+    def whole(raw: Tensor) -> Tensor:
+        return forward(built.model, raw, None)
 
-    def measure(batches: Iterable[SampleBatch], progress: Callable[[int], None]) -> dict[str, float]:
-        return _measure(batches, progress, forward, criterion, splits.preparation, meter.Meter(names, task, built.device))
+    def sums(outputs: Tensor, batch: SampleBatch) -> Tensor:
+        return criterion.sums(outputs, to_loss(batch.targets.to(built.device, non_blocking=True)))
+
+    def measure(outputs: Iterable[tuple[SampleBatch, Tensor]], progress: Callable[[int], None]) -> dict[str, float]:
+        found = meter.Meter(names, task, built.device, built.mesh.data.group)
+        return _measure(outputs, progress, criterion, splits.preparation, found, built)
 
     numbers = math.prod(splits.train.inputs.shape)
     size = max(min(EVALUATED_AT_ONCE // numbers, 1024), recipe.training.micro_batch_size or 8)
+    share = Share(built.mesh.data.index, built.mesh.data.size)
     named = {"held_out": splits.held_out, "test": splits.test}
     return Part(
-        batches=batches_of(recipe, data),
-        objective=objective,
+        batches=batches_of(recipe, data, share),
+        forward=lambda module, batch, hidden: forward(module, batch.inputs, hidden),
+        sums=sums,
         count=lambda batch: criterion.counts(to_loss(batch.targets)),
-        splits={name: partial(in_order, examples, size) for name, examples in named.items() if examples is not None},
+        splits={name: partial(in_order, examples, size, share) for name, examples in named.items() if examples is not None},
         measure=measure,
         measures=("loss", *names),
         save=partial(save, recipe, built, data),
         unit="samples",
         fingerprint=_fingerprint(splits),
-        flops=flops.sample_counter(built.model, forward, splits.train.inputs.take(np.zeros(1, dtype=np.int64))),
-        pictures=partial(_pictures, named, forward, splits.preparation, task, size),
+        flops=flops.sample_counter(built.model, whole, splits.train.inputs.take(np.zeros(1, dtype=np.int64))),
+        pictures=partial(_pictures, named, whole, splits.preparation, task, size),
         notes=splits.notes,
     )
 
@@ -132,47 +139,49 @@ def _check_last_batch(recipe: Recipe, model: nn.Module, samples: int) -> None:
         )
 
 
-def batches_of(recipe: Recipe, data: Data) -> SampleBatches:
-    """What the run trains on."""
+def batches_of(recipe: Recipe, data: Data, share: Share = ALONE) -> SampleBatches:
+    """What a process trains on."""
     training, seed, section = recipe.training, recipe.run.seed, recipe.data
     change = None
     if isinstance(section, ImageData) and not augment.is_identity(section.augment):
         channels = data.splits.preparation.shape[0]
         change = augment.make(section.augment, seed=seed, task=data.task, channels=channels)
-    return SampleBatches(data.splits.train, training.batch_size, training.micro_batch_size or training.batch_size, seed, change)
+    size = training.micro_batch_size or training.batch_size // share.processes
+    return SampleBatches(data.splits.train, training.batch_size, size, seed, change, share)
 
 
-def forward_of(built: Built, preparation: Preparation) -> Callable[[Tensor], Tensor]:
-    """Raw samples to the model's outputs, on the device."""
+def forward_of(built: Built, preparation: Preparation) -> Forward:
+    """A model, or a later part of it, and raw samples to its outputs, on the device."""
     arrange = layout.of_inputs(built.model)
-    model, normalised = built.model, preparation.inputs_on(built.device)
+    normalised = preparation.inputs_on(built.device)
 
-    def forward(raw: Tensor) -> Tensor:
-        inputs = normalised(arrange(raw.to(built.device, non_blocking=True)))
+    def forward(module: nn.Module, raw: Tensor, hidden: Tensor | None = None) -> Tensor:
+        inputs = normalised(arrange(raw.to(built.device, non_blocking=True))) if hidden is None else hidden
         with precision.context(built.precision, built.device):
-            outputs: Tensor = model(inputs)
+            outputs: Tensor = module(inputs)
         return outputs
 
     return forward
 
 
 def _measure(
-    batches: Iterable[SampleBatch],
+    batches: Iterable[tuple[SampleBatch, Tensor]],
     progress: Callable[[int], None],
-    forward: Callable[[Tensor], Tensor],
     criterion: criteria.Criterion,
     preparation: Preparation,
     found: meter.Meter,
+    built: Built,
 ) -> dict[str, float]:
     sums = counts = torch.zeros(1, dtype=torch.float64)
-    for batch in batches:
-        outputs = forward(batch.inputs).float()
+    for batch, output in batches:
+        outputs = output.float()
         targets = preparation.targets(batch.targets.to(outputs.device))
         sums = sums + criterion.sums(outputs, targets).double().cpu()
         counts = counts + criterion.counts(preparation.targets(batch.targets))
         in_units = batch.targets if batch.targets.is_floating_point() else targets
         found.update(preparation.values(outputs), in_units.to(outputs.device))
         progress(batch.size)
+    sums, counts = (collectives.sum_(total.to(built.device), built.mesh.data) for total in (sums, counts))
     return {"loss": float((sums / counts).sum()), **found.compute()}
 
 
@@ -242,6 +251,6 @@ def predictor(built: Built, preparation: Preparation, task: Task) -> Predictor:
 
     @torch.no_grad()
     def outputs(raw: Tensor) -> Tensor:
-        return preparation.values(forward(raw).float()).cpu()
+        return preparation.values(forward(built.model, raw, None).float()).cpu()
 
     return Predictor(preparation, task, partial(readers[preparation.kind], preparation=preparation), outputs)

@@ -51,5 +51,17 @@ def test_rows_cannot_be_changed_by_who_receives_them() -> None:
 
 
 def test_micro_batches_keep_the_order_and_the_rest() -> None:
-    portions = sampler.micro_batches(np.arange(7), 3)
-    assert [portion.tolist() for portion in portions] == [[0, 1, 2], [3, 4, 5], [6]]
+    portions = sampler.micro_batches(7, 3)
+    assert portions == [slice(0, 3), slice(3, 6), slice(6, 7)]
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 6))
+def test_processes_share_a_batch_without_gaps_and_overlaps(count: int, size: int, processes: int) -> None:
+    shares = [sampler.micro_batches(count, size, sampler.Share(index, processes)) for index in range(processes)]
+    assert len({len(parts) for parts in shares}) == 1, "all take part in every collective"
+    taken = [list(range(*part.indices(count))) for portion in zip(*shares, strict=True) for part in portion]
+    assert [position for part in taken for position in part] == list(range(count))
+    assert max(map(len, taken)) <= size
+    assert all(len(part) == size for part in taken[: count // (size * processes) * processes])
+    sizes = [len(part) for part in taken[-processes:]]
+    assert max(sizes) - min(sizes) <= 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainwright.data import sampler
 from trainwright.data.examples import Examples
+from trainwright.data.sampler import ALONE, Share
 
 NAMED = 5  # samples that a message names
 Augment = Callable[[int, np.ndarray, int, Callable[[np.ndarray], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
@@ -38,13 +39,17 @@ class SampleBatch:
 
 @dataclass(frozen=True)
 class SampleBatches:
-    """What a run trains on. Sizes are in samples; ``augment`` is an ``augment.Augmenter``, or None."""
+    """What a process trains on. Sizes are in samples; ``augment`` is an ``augment.Augmenter``, or None.
+
+    ``batch_size`` is that of all processes together, ``micro_batch_size`` that of one.
+    """
 
     examples: Examples
     batch_size: int
     micro_batch_size: int
     seed: int
     augment: Augment | None = None
+    share: Share = ALONE
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,7 +60,7 @@ class SampleBatches:
         ids = self._ids(step)
         self._announce(step + 1)
         fetch = self._fetching(ids)
-        positions = sampler.micro_batches(np.arange(len(ids)), self.micro_batch_size)
+        positions = [np.arange(part.start, part.stop) for part in self._parts(len(ids))]
         if self.augment is None:
             return [SampleBatch(*fetch(part)) for part in positions]
         return [SampleBatch(*self.augment(step, part, len(ids), fetch)) for part in positions]
@@ -68,6 +73,9 @@ class SampleBatches:
 
     def _ids(self, step: int) -> np.ndarray:
         return sampler.global_batch(self.seed, step, len(self.examples), self.batch_size)
+
+    def _parts(self, count: int) -> list[slice]:
+        return sampler.micro_batches(count, self.micro_batch_size, self.share)
 
     def _fetching(self, ids: np.ndarray) -> Callable[[np.ndarray], tuple[Tensor, Tensor]]:
         """Positions in the global batch to their inputs and targets."""
@@ -82,11 +90,11 @@ class SampleBatches:
         """Tell inputs that are decoded elsewhere what comes next."""
         prefetch = getattr(self.examples.inputs, "prefetch", None)
         if prefetch is not None:
-            prefetch(self._ids(step))
+            ids = self._ids(step)
+            prefetch(np.concatenate([ids[part] for part in self._parts(len(ids))]))
 
 
-def in_order(examples: Examples, size: int) -> Iterator[SampleBatch]:
-    """Batches for evaluation: every sample once and in order, the last batch perhaps smaller."""
-    for first in range(0, len(examples), size):
-        ids = np.arange(first, min(first + size, len(examples)))
-        yield SampleBatch(examples.inputs.take(ids), examples.targets[first : first + size])
+def in_order(examples: Examples, size: int, share: Share = ALONE) -> Iterator[SampleBatch]:
+    """Batches for evaluation: every sample once over all processes and in order, the last batches perhaps smaller or empty."""
+    for part in sampler.micro_batches(len(examples), size, share):
+        yield SampleBatch(examples.inputs.take(np.arange(part.start, part.stop)), examples.targets[part])

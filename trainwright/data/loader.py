@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainwright.data import sampler
 from trainwright.data.packing import Documents
+from trainwright.data.sampler import ALONE, Share
 
 IGNORED = -100  # the label of a position that predicts nothing, as torch's cross entropy has it
 NAMED = 24  # how many rows a message names
@@ -106,8 +107,12 @@ class Loader:
         micro_batch_size: int,
         seed: int,
         pad_id: int,
+        share: Share = ALONE,
     ) -> None:
-        """``rows`` are arrays of document ids, from ``packing.pack`` or ``one_per_row``; sizes are in rows."""
+        """``rows`` are arrays of document ids, from ``packing.pack`` or ``one_per_row``; sizes are in rows.
+
+        ``batch_size`` is that of all processes together, ``micro_batch_size`` that of one.
+        """
         self.documents = documents
         self.rows = rows
         self.length = length
@@ -115,13 +120,15 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.pad_id = pad_id
+        self.share = share
         self.steps_per_epoch = sampler.steps_per_epoch(len(rows), batch_size)
 
     def batch(self, step: int) -> list[TextBatch]:
         """The micro-batches of an optimizer step (from 0), fewer at the end of an epoch, all of the same shape."""
+        ids = self._row_ids(step)
         return [
-            collate(self.documents, [self.rows[row] for row in ids], self.length, self.micro_batch_size, self.pad_id)
-            for ids in sampler.micro_batches(self._row_ids(step), self.micro_batch_size)
+            collate(self.documents, [self.rows[row] for row in ids[part]], self.length, self.micro_batch_size, self.pad_id)
+            for part in sampler.micro_batches(len(ids), self.micro_batch_size, self.share)
         ]
 
     def identity(self, step: int) -> str:
@@ -138,8 +145,14 @@ class Loader:
 
 
 def in_order(
-    documents: Documents, rows: list[np.ndarray], micro_batch_size: int, *, length: int, pad_id: int
+    documents: Documents,
+    rows: list[np.ndarray],
+    micro_batch_size: int,
+    *,
+    length: int,
+    pad_id: int,
+    share: Share = ALONE,
 ) -> Iterator[TextBatch]:
-    """Batches for evaluation: every row, and so every document, once and in order."""
-    for ids in sampler.micro_batches(np.arange(len(rows)), micro_batch_size):
-        yield collate(documents, [rows[row] for row in ids], length, micro_batch_size, pad_id)
+    """Batches for evaluation: every row, and so every document, once over all processes and in order."""
+    for part in sampler.micro_batches(len(rows), micro_batch_size, share):
+        yield collate(documents, rows[part], length, micro_batch_size, pad_id)

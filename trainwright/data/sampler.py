@@ -5,6 +5,7 @@ So resuming needs no state but the step, and the data is the same for any number
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -15,11 +16,6 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return -(-rows // batch_size)
 
 
-def epoch_of(step: int, rows: int, batch_size: int) -> int:
-    """The epoch (from 0) that the step (from 0) belongs to."""
-    return step // steps_per_epoch(rows, batch_size)
-
-
 def global_batch(seed: int, step: int, rows: int, batch_size: int) -> np.ndarray:
     """Row ids of one optimizer step over all processes, (at most batch_size,) int64, read-only.
 
@@ -28,13 +24,35 @@ def global_batch(seed: int, step: int, rows: int, batch_size: int) -> np.ndarray
     """
     assert rows > 0
     assert step >= 0
-    first = step % steps_per_epoch(rows, batch_size) * batch_size
-    return _permutation(seed, epoch_of(step, rows, batch_size), rows)[first : first + batch_size]
+    epoch, place = divmod(step, steps_per_epoch(rows, batch_size))
+    return _permutation(seed, epoch, rows)[place * batch_size : (place + 1) * batch_size]
 
 
-def micro_batches(ids: np.ndarray, micro_batch_size: int) -> list[np.ndarray]:
-    """The ids in portions of ``micro_batch_size``, in order; the last one may be shorter."""
-    return [ids[first : first + micro_batch_size] for first in range(0, len(ids), micro_batch_size)]
+@dataclass(frozen=True)
+class Share:
+    """Which part of each batch is this process's: number ``index`` of ``processes``."""
+
+    index: int = 0
+    processes: int = 1
+
+
+ALONE = Share()
+
+
+def micro_batches(count: int, micro_batch_size: int, share: Share = ALONE) -> list[slice]:
+    """The positions in a batch of ``count`` that a process takes at once, in order: as many portions in every process.
+
+    All processes together take ``micro_batch_size`` times their number of successive positions, the last time what is left
+    of them: then portions are shorter, those of the last processes perhaps empty.
+    """
+    window = micro_batch_size * share.processes
+    return [_part(first, min(window, count - first), share) for first in range(0, count, window)]
+
+
+def _part(first: int, count: int, share: Share) -> slice:
+    each, more = divmod(count, share.processes)
+    begin = first + share.index * each + min(share.index, more)
+    return slice(begin, begin + each + (share.index < more))
 
 
 def shuffled(entropy: tuple[int, ...], count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional
 from torchmetrics import MeanMetric, Metric, SumMetric, classification, regression
 from torchmetrics.utilities.data import dim_zero_cat
@@ -92,8 +92,13 @@ class Meter:
     mae, rmse, r2             the mean over the values. r2 keeps every value, and is nan for a single sample
     """
 
-    def __init__(self, names: list[str], task: Task, device: torch.device | str = "cpu") -> None:
-        """``names`` have gone through ``check``; ``device`` must know float64. On several ranks all have the same names."""
+    def __init__(
+        self, names: list[str], task: Task, device: torch.device | str = "cpu", group: distributed.ProcessGroup | None = None
+    ) -> None:
+        """``names`` have gone through ``check``; ``device`` must know float64.
+
+        The ranks of ``group`` measure together, all with the same names; None: this process alone.
+        """
         self.task, self.device = task, torch.device(device)
         self._measures = {name: _measure(name, task) for name in names}
         # How many there are: of samples, or of each pair of classes.
@@ -103,6 +108,8 @@ class Meter:
             measure.metric.to(self.device).set_dtype(torch.float64)
             # NOTE: a rank that answers from its cache doesn't gather, and the others would wait for it.
             measure.metric.compute_with_cache = False
+            measure.metric.process_group = group
+            measure.metric.sync_on_compute = group is not None
 
     @torch.no_grad()
     def update(self, outputs: Tensor, targets: Tensor) -> None:
