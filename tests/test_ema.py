@@ -61,12 +61,12 @@ def test_torch(warmup, decay):
     expected = dict(theirs.module.named_parameters())
     state = average.state()
     names = ["first.weight", "first.bias", "norm.weight", "norm.bias"]
-    assert list(state) == [*(f"ema.{name}" for name in names), "ema.updates"]
-    assert all(torch.equal(state[f"ema.{name}"], expected[name]) for name in names)
-    assert state["ema.updates"].dtype == torch.int64
-    assert state["ema.updates"].shape == ()
-    assert state["ema.updates"] == 12
-    assert not torch.equal(state["ema.first.weight"], model.first.weight)
+    assert list(state) == [*(name for name in names), "updates"]
+    assert all(torch.equal(state[name], expected[name]) for name in names)
+    assert state["updates"].dtype == torch.int64
+    assert state["updates"].shape == ()
+    assert state["updates"] == 12
+    assert not torch.equal(state["first.weight"], model.first.weight)
 
 
 def test_swapped_and_back():
@@ -78,7 +78,7 @@ def test_swapped_and_back():
     storage = model.first.weight.data_ptr()
     with average.swapped():
         inside = copies(model)
-        assert all(torch.equal(inside[name.removeprefix("ema.")], t) for name, t in averages.items() if name != "ema.updates")
+        assert all(torch.equal(inside[name], t) for name, t in averages.items() if name != "updates")
         assert torch.equal(inside["last.weight"], inside["first.weight"])
         assert torch.equal(inside["norm.running_mean"], own["norm.running_mean"])
         assert torch.equal(inside["frozen.weight"], own["frozen.weight"])
@@ -128,8 +128,8 @@ def test_resuming_gives_the_same_bits():
     optimizer.register_step_post_hook(other.update)
     take(model, optimizer, 3)
     assert all(torch.equal(t, other.state()[name]) for name, t in average.state().items())
-    assert other.state()["ema.updates"] == 6
-    assert not torch.equal(kept["ema.first.weight"], other.state()["ema.first.weight"])
+    assert other.state()["updates"] == 6
+    assert not torch.equal(kept["first.weight"], other.state()["first.weight"])
     with pytest.raises(KeyError, match=r"ema\.first\.weight"):
         other.restore({})
 
@@ -144,18 +144,18 @@ def test_averages_are_float32_where_parameters_are_less():
         take(model, optimizer, 1)
         own = model.first.weight.detach().clone()
         expected = torch.lerp(expected, own.float(), 1 - 0.999)
-    found = average.state()["ema.first.weight"]
+    found = average.state()["first.weight"]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     with average.swapped():
         assert torch.equal(model.first.weight, found.bfloat16())
     assert torch.equal(model.first.weight, own)
-    assert torch.equal(average.state()["ema.first.weight"], found)
+    assert torch.equal(average.state()["first.weight"], found)
 
 
 def test_float64_stays():
     model, _ = made(torch.float64)
-    assert Average(model, Ema()).state()["ema.first.weight"].dtype == torch.float64
+    assert Average(model, Ema()).state()["first.weight"].dtype == torch.float64
 
 
 def test_a_name_that_is_taken():

@@ -13,32 +13,36 @@ FILES = sorted(file.relative_to(ROOT) for file in ROOT.rglob("*.py") if file.nam
 
 TECHNIQUES = {"adapt", "memory", "parallel"}
 PARTS = {"models", "data", "losses", "metrics", "optim", "schedules", "ema", "stopping"}
-HELPERS = {"checkpoint", "tracking", "flops", "machine", "sampling", "saving"}
+HELPERS = {"pieces", "checkpoint", "tracking", "flops", "machine", "sampling", "saving"}
 KINDS = {"language", "supervised"}  # of data: what each adds to a program
 BELOW_KINDS = {"recipe", "loop", "built", "predictor", "report", *PARTS, *TECHNIQUES, *HELPERS}
-BELOW_BUILD = {*BELOW_KINDS, *KINDS, "runfolder"}
+BELOW_BUILD = {*BELOW_KINDS, *KINDS, "runfolder", "state", "spread", "steps"}
 BELOW_VERBS = {*BELOW_BUILD, "build", "console"}
 VERBS = {"fit", "generate", "inspect", "export", "predict", "find_lr", "plot_schedule"}
 # A module, or all modules of a folder -> what of ours it may import (a module, or all of a folder).
 ALLOWED: dict[str, set[str]] = {
     "recipe": {"recipe"},
     "models": {"recipe", "models", "pieces"},
-    "models.contract": {"recipe"},
+    "models.contract": {"recipe", "pieces"},
     "data": {"recipe", "data"},
     **{name: {"recipe", name} for name in ("losses", "metrics", "report")},
-    **{name: {"recipe"} for name in ("optim", "schedules", "ema", "stopping")},
+    **{name: {"recipe"} for name in ("optim", "schedules", "stopping")},
     **{name: {"recipe"} for name in ("tracking", "flops", "machine")},
     "checkpoint": {"recipe", "pieces", "checkpoint"},
     "launch": {"recipe"},
     "launch_script": {"recipe", "launch"},
     "importing": {"recipe", "importing"},
-    **{name: {"recipe", "models.contract", name} for name in TECHNIQUES},
+    **{name: {"recipe", "models.contract", "pieces", name} for name in TECHNIQUES},
     "parallel": {"recipe", "models.contract", "pieces", "parallel"},
     "pieces": set(),
+    "ema": {"recipe", "pieces"},
     "sampling": {"recipe", "models"},
-    "saving": {"recipe", "models", "adapt"},
-    "loop": {"recipe", "models.contract"},
-    "built": {"recipe", "loop", "memory.precision", "models"},
+    "saving": {"recipe", "models", "adapt", "built", "parallel", "pieces"},
+    "loop": {"recipe", "models.contract", "pieces"},
+    "built": {"recipe", "loop", "memory.precision", "models", "parallel", "pieces"},
+    "state": {"loop", "parallel", "pieces"},
+    "spread": {"recipe", "models.contract", "parallel", "built", "state"},
+    "steps": {"recipe", "optim", "loop", "parallel", "pieces", "built", "spread", "state"},
     "predictor": {"recipe", "data.examples"},
     **dict.fromkeys(KINDS, BELOW_KINDS),
     "console": {"recipe", "loop"},

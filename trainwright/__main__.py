@@ -9,11 +9,12 @@ import select
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 import typer
 
+from trainwright import launch
 from trainwright.cli import Job, app
 
 # 1 is for verbs whose answer can be no.
@@ -61,12 +62,14 @@ def _parse(arguments: Sequence[str]) -> Job | int:
 
 
 def _do(job: Job) -> int:
+    with _stdout_to_stderr() if job.as_json else nullcontext():
+        result = job.work()
+    if isinstance(result, int):
+        return result
     if job.as_json:
-        with _stdout_to_stderr():
-            result = job.work()
         _print_json(result)
     else:
-        job.show(job.work())
+        job.show(result)
     sys.stdout.flush()
     return DONE
 
@@ -86,6 +89,8 @@ def _explain(error: Exception, as_json: bool) -> int:
 
 
 def _fail(code: int, message: str, as_json: bool) -> int:
+    if launch.tell(code, message):
+        return code
     print(f"trainwright: {'' if code == INTERRUPTED else 'error: '}{message}", file=sys.stderr)
     if as_json:
         _print_json({"error": message})

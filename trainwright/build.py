@@ -6,29 +6,34 @@ stands in ``language``.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trainwright import ema, language, optim, runfolder, schedules
+from trainwright import ema, language, runfolder, schedules, spread, steps
 from trainwright.adapt import full, lora, norms
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built, Part, Shape
 from trainwright.data import text
-from trainwright.loop import Batch, Run, accumulate
+from trainwright.loop import Run
 from trainwright.memory import layout, precision
 from trainwright.models import catalogue, decoder, init, pretrained, user
 from trainwright.models.contract import Change
+from trainwright.parallel import collectives, sharing
+from trainwright.parallel.mesh import Mesh, join
+from trainwright.pieces import local
 from trainwright.predictor import Predictor
 from trainwright.recipe import Init, InputError, Lora, Partial, Recipe, TextData, nearest
+from trainwright.state import Places
 
 Progress = Callable[[str, int], None]
 
@@ -51,63 +56,76 @@ def assemble(
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     if isinstance(recipe.data, TextData):
-        built = assemble_model(recipe)
-        documents = language.prepare(recipe, built, splits, progress)
-        fill(built, recipe)
+        built = assemble_model(recipe, mesh=_join(recipe))
+        with collectives.in_turn(built.device):  # the first process fills the cache
+            documents = language.prepare(recipe, built, splits, progress)
+        places = fill(built, recipe)
         part = language.join(recipe, built, documents, compiles(recipe, built))
     else:
         from trainwright import supervised  # NOTE: here, because text needn't wait for the libraries of images and metrics
 
         samples = supervised.prepare(recipe, progress)
-        built = assemble_model(recipe, samples.shape)
-        fill(built, recipe)
+        built = assemble_model(recipe, samples.shape, mesh=_join(recipe))
+        places = fill(built, recipe)
         part = supervised.join(recipe, built, samples)
-    return _program(recipe, built, part)
+    return _program(recipe, built, part, places)
 
 
-def _program(recipe: Recipe, built: Built, part: Part) -> Run:
+def _join(recipe: Recipe) -> Mesh:
+    """This process's place among those that run the recipe.
+
+    Raises:
+        InputError: they are more or fewer than the recipe says, or can't share its batches.
+    """
+    joined = join(recipe.parallel, choose_device(recipe.run.device))
+    spread.check(recipe, joined)
+    return joined
+
+
+def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
     """Model and data with all that makes steps of them."""
     _check_chosen(recipe, part)
     per_epoch = part.batches.steps_per_epoch
-    steps = recipe.training.steps or max(1, round((recipe.training.epochs or 1) * per_epoch))
-    groups = optim.parameter_groups(built.model.named_parameters(), recipe.optimizer)
-    optimizer = optim.make_optimizer(groups, recipe.optimizer)
-    trained = [p for p in built.model.parameters() if p.requires_grad]
+    count = recipe.training.steps or max(1, round((recipe.training.epochs or 1) * per_epoch))
     average = ema.Average(built.model, recipe.training.ema) if recipe.training.ema else None
+    kind = steps.pipelined if built.division.split else steps.sharing_data
+    taken = kind(recipe, built, part, places, average)
     if average:
-        optimizer.register_step_post_hook(average.update)
-
-    def objective(batch: Batch) -> Tensor:
-        return part.sums(part.forward(built.model, batch, None), batch)
-
-    def measure(batches: Iterable[Batch], progress: Callable[[int], None]) -> dict[str, float]:
-        return part.measure(((batch, part.forward(built.model, batch, None)) for batch in batches), progress)
-
+        taken.optimizer.register_step_post_hook(average.update)
+    where, alone = built.mesh, built.mesh.size == 1
     return Run(
         recipe=recipe,
         model=built.model,
         changes=built.changes,
         device=built.device,
-        optimizer=optimizer,
-        factor=schedules.factor(recipe.schedule, steps),
-        steps=steps,
+        optimizer=taken.optimizer,
+        factor=schedules.factor(recipe.schedule, count),
+        steps=count,
         steps_per_epoch=per_epoch,
         batch=part.batches.batch,
         identity=part.batches.identity,
-        forward_backward=partial(accumulate, objective, part.count),
-        clip=partial(optim.clip_, trained, recipe.training.clip_norm),
+        forward_backward=taken.forward_backward,
+        clip=taken.clip,
         splits=part.splits,
-        measure=measure,
-        flops=part.flops,
-        save=part.save,
+        measure=taken.measure,
+        flops=part.flops if alone else None,
+        save=lambda folder: part.save(taken.weights(), folder),
+        gradients=taken.gradients,
+        remember=taken.remember,
+        recall=taken.recall,
         compute_dtype=built.compute_dtype,
-        samples=part.samples,
+        samples=part.samples if built.division.split is None else None,
         pictures=part.pictures,
         unit=part.unit,
         fingerprint=part.fingerprint,
         notes=part.notes,
         averaged=average.swapped if average else nullcontext,
         extra=average,
+        rank=where.rank,
+        share=partial(collectives.gather_json, device=built.device),
+        agree=spread.agreeing(where, built.device),
+        together=spread.adding(where.data, built.device),
+        stream=where.pipeline.index * where.data.size + where.data.index,
     )
 
 
@@ -122,12 +140,13 @@ def _check_chosen(recipe: Recipe, part: Part) -> None:
             )
 
 
-def assemble_model(recipe: Recipe, shape: Shape | None = None, *, frozen: bool = False) -> Built:
+def assemble_model(recipe: Recipe, shape: Shape | None = None, *, frozen: bool = False, mesh: Mesh | None = None) -> Built:
     """The model with its techniques applied, in their order; one of ours still on the meta device, without values.
 
     Args:
         shape: what the data asks for; a decoder needs none.
         frozen: nothing will learn, so that everything may be stored in the compute dtype.
+        mesh: the processes that share it; of the model only this one's part is left.
     """
     place = choose_device(recipe.run.device)
     source = pretrained.locate(recipe.model.pretrained) if recipe.model.pretrained else None
@@ -139,7 +158,8 @@ def assemble_model(recipe: Recipe, shape: Shape | None = None, *, frozen: bool =
     if held := norms.hold_frozen(model):
         changes.append(held)
     changes.append(precision.apply(model, kind))  # after it, because frozen parameters are stored in less
-    return Built(model, changes, config, source, kind, place)
+    division, more = spread.divide(model, recipe, mesh or Mesh())
+    return Built(model, [*changes, *more], config, source, kind, place, mesh or Mesh(), division)
 
 
 def _wished_precision(recipe: Recipe, shape: Shape | None) -> Literal["auto", "fp32", "bf16"]:
@@ -230,46 +250,73 @@ def load_predictor(folder: Path) -> Predictor:
 def load_model(recipe: Recipe, shape: Shape | None = None) -> Built:
     """The model of a recipe with its values, for use alone: nothing learns, everything is stored in the compute dtype."""
     built = assemble_model(recipe, shape, frozen=True)
-    materialise(built, recipe)
+    materialise(built, recipe, pretrained.blank(built.model))
     built.changes.append(layout.apply(built.model))
     built.model.eval()
     return built
 
 
-def fill(built: Built, recipe: Recipe) -> None:
-    """Values, then what needs them to be there."""
-    materialise(built, recipe)
-    built.changes.append(layout.apply(built.model))
+def fill(built: Built, recipe: Recipe) -> Places:
+    """Values for what this process has of the model, then what needs them to be there."""
+    model, device = built.model, built.device
+    blank = pretrained.blank(model)
+    early = spread.share(model, recipe, built.mesh, device) if recipe.parallel.zero == 3 else None
+    _mark(model, blank)
+    places = Places(built.mesh, early or sharing.alone(model), built.division.pieces, built.division.copies)
+    materialise(built, recipe, blank, places)
+    built.changes.append(layout.apply(model))
+    built.changes.extend(spread.join_statistics(model, built.mesh))
     built.changes.append(compile_blocks(built, recipe))
+    shared = early or spread.share(model, recipe, built.mesh, device)
+    built.changes.extend(spread.described(recipe, built.mesh))
+    return dataclasses.replace(places, sharing=shared)
 
 
-def materialise(built: Built, recipe: Recipe) -> None:
-    """Give every parameter its values: the weights', the seed's for what they lack, those of an adapter to go on from."""
-    model, device, seed = built.model, built.device, recipe.run.seed
+@torch.no_grad()
+def _mark(model: nn.Module, blank: set[str]) -> None:
+    """Fill memory that has no values with NaN: what is forgotten must not look like a weight."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in blank and not tensor.is_meta and tensor.is_floating_point():
+            local(tensor).fill_(torch.nan)
+
+
+def materialise(built: Built, recipe: Recipe, blank: set[str], places: Places | None = None) -> None:
+    """Give every parameter its values: the weights', the seed's for what they lack, those of an adapter to go on from.
+
+    Args:
+        blank: the parameters and buffers that have none.
+        places: which part of the whole model is here.
+    """
+    model, device, seed, division = built.model, built.device, recipe.run.seed, built.division
+    boxes = places.boxes(model) if places else {}
+    made = {name for name, _ in model.named_parameters() if not lora.is_factor(name)} - blank  # a user's module starts itself
     kept: set[str] = set()
     if built.source is not None:
         report = pretrained.load_into(
-            model, pretrained.open_weights(built.source), match=recipe.model.match, device=device, ignore=lora.is_factor
+            model,
+            pretrained.open_weights(built.source),
+            match=recipe.model.match,
+            device=device,
+            ignore=lora.is_factor,
+            pieces=division.pieces,
+            aliases=division.copies,
+            absent=division.absent(model),
         )
         built.changes.insert(0, Change("pretrained", report.describe()))
         kept = set(report.matched)
-    # A user's module brings its own values.
-    made = {name for name, p in model.named_parameters() if not (p.is_meta or lora.is_factor(name))}
-    unmade = {name for name in pretrained.allocate(model, device) if not lora.is_factor(name)}
+    pretrained.allocate(model, device)
     model.to(device)
-    generator = torch.Generator(device).manual_seed(seed)
-    if isinstance(model, decoder.Decoder):
-        model.initialize(unmade, generator)
-        unmade = unmade if recipe.model.init != Init() else set()
-    elif recipe.model.init != Init():
+    unmade = {name for name in blank - kept if not lora.is_factor(name)}
+    if recipe.model.init != Init():
         unmade |= made - kept
     if unmade or recipe.model.init != Init():
-        built.changes.append(init.initialize(model, recipe.model.init, unmade, seed))
-    lora.initialize(model, generator)
+        built.changes.append(init.initialize(model, recipe.model.init, unmade, seed, boxes, division.copies))
+    lora.initialize(model, seed, boxes)
     start = getattr(recipe.adapt, "start", None)
     if start is not None:
         load = lora.load if isinstance(recipe.adapt, Lora) else partial_tuning.load
-        load(model, Path(start), pretrained.fingerprint(built.source) if built.source else None)
+        base = pretrained.fingerprint(built.source) if built.source else None
+        load(model, Path(start), base, boxes, division.absent(model))
 
 
 def compiles(recipe: Recipe, built: Built) -> bool:

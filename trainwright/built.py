@@ -15,6 +15,8 @@ from trainwright.memory.precision import Precision
 from trainwright.models.contract import Change
 from trainwright.models.pretrained import Source
 from trainwright.parallel.mesh import Mesh
+from trainwright.parallel.pipeline import Split
+from trainwright.pieces import Held, Piece
 from trainwright.recipe import Task
 
 Forward = Callable[[nn.Module, Any, Tensor | None], Tensor]
@@ -29,6 +31,34 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Division:
+    """What of a model this process has, before data ranks share it.
+
+    plain    the names of all parameters that learn in the whole model, and of all its tensors
+    pieces   boxes of what tensor parallelism splits
+    partial  whole parameters whose gradients the tensor ranks have in summands
+    head     the part of the vocabulary, where it is split
+    """
+
+    plain: tuple[str, ...] = ()
+    everything: frozenset[str] = frozenset()
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
+    partial: tuple[str, ...] = ()
+    head: Piece | None = None
+    split: Split | None = None
+
+    def absent(self, model: nn.Module) -> Callable[[str], bool]:
+        """Whether a name of the whole model belongs to another process's stage."""
+        here = {*model.state_dict(keep_vars=True), *self.copies.values()}
+        return lambda name: name in self.everything and name not in here
+
+    @property
+    def copies(self) -> Mapping[str, str]:
+        """Local names of tied parameters to their names in the whole model, where the first stage has them, too."""
+        return self.split.copies if self.split else {}
+
+
+@dataclass(frozen=True)
 class Built:
     """A model with its techniques applied, and where it came from."""
 
@@ -39,6 +69,7 @@ class Built:
     precision: Precision
     device: torch.device
     mesh: Mesh = field(default_factory=Mesh)
+    division: Division = field(default_factory=Division)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -69,6 +100,7 @@ class Part:
     sums      (outputs, batch) to the sums of the loss, 0-dim or (terms,)
     count     a batch to what those are divided by, known before the forward
     measure   batches with their outputs to metrics, over all processes that share the data
+    shape     what decides the shapes of all that a model makes of a batch
     fingerprint  another one where the data of a split is
     """
 
@@ -76,10 +108,11 @@ class Part:
     forward: Forward
     sums: Callable[[Tensor, Any], Tensor]
     count: Callable[[Any], Tensor | int]
+    shape: Callable[[Any], tuple[int, ...]]
     splits: Mapping[str, Callable[[], Iterable[Batch]]]
     measure: Callable[[Iterable[tuple[Any, Tensor]], Callable[[int], None]], dict[str, float]]
     measures: tuple[str, ...]
-    save: Callable[[Path], None]
+    save: Callable[[Mapping[str, Held], Path], None]
     unit: str
     fingerprint: str
     flops: Callable[[Any], float] | None = None

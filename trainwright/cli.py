@@ -23,9 +23,12 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What a verb asks for: the call, and how to show its result to a person where the call itself doesn't."""
+    """What a verb asks for: the call, and how to show its result to a person where the call itself doesn't.
 
-    work: Callable[[], Result]
+    The call gives an exit code instead of a result where other processes have told the user everything.
+    """
+
+    work: Callable[[], Result | int]
     as_json: bool
     show: Callable[[Result], None] = lambda result: None
 
@@ -67,17 +70,87 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's newest checkpoint")] = False,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="processes on this machine, which share the work as the section parallel says")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="with --nproc: how often to go on from the last checkpoint after a failure")
+    ] = 0,
     as_json: AsJson = False,
 ) -> Job:
-    """Train what a recipe says, into its run folder."""
+    """Train what a recipe says, into its run folder. Under torchrun or accelerate launch, join their processes."""
 
-    def work() -> Result:
+    def work() -> Result | int:
         settings = _load(recipe, overrides)
+        from trainwright import launch
+
+        if launch.joined():
+            return _train_joined(settings, resume)
+        if nproc is not None:
+            return launch.run(sys.argv[1:], nproc, max_restarts=max_restarts, folder=Path(settings.run.folder or "runs/run"))
+        if max_restarts:
+            raise typer.BadParameter("--max-restarts needs --nproc: one process alone is started again by hand, with --resume")
         from trainwright import fit
 
         return fit.train(settings, resume=resume)
 
     return Job(work, as_json)
+
+
+def _train_joined(settings: Recipe, resume: bool) -> Result | int:
+    """As one of several processes; only the first has something to tell."""
+    from trainwright import build, fit, launch
+
+    device = build.choose_device(settings.run.device)
+    with launch.processes(device):
+        launch.log_to(Path(settings.run.folder or "runs/run"))
+        result = fit.train(settings, resume=resume or launch.restarts() > 0, rank=launch.rank())
+    return result if launch.rank() == 0 else 0
+
+
+@app.command("launch-script")
+def launch_script(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="a batch script for sbatch")] = False,
+    torchrun: Annotated[bool, typer.Option("--torchrun", help="the command for each machine")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="processes on each machine, one for each GPU")] = 1,
+    as_json: AsJson = False,
+) -> Job:
+    """Print a script that trains on several machines."""
+
+    def work() -> Result:
+        _load(recipe, overrides)
+        from trainwright import launch_script as scripts
+
+        if slurm == torchrun:
+            raise typer.BadParameter("give --slurm or --torchrun, one of them")
+        return {"script": scripts.script(recipe, overrides or [], slurm=slurm, nodes=nodes, nproc=nproc)}
+
+    return Job(work, as_json, lambda result: print(result["script"], end=""))
+
+
+@app.command("import")
+def import_files(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="deepspeed.json, accelerate's YAML, Hugging Face's TrainingArguments")
+    ],
+    model: Annotated[str | None, typer.Option(help="model.pretrained of the recipe: a hub name, a folder, smollm2-135m")] = None,
+    data: Annotated[str | None, typer.Option(help="data.source of the recipe")] = None,
+    as_json: AsJson = False,
+) -> Job:
+    """Turn other tools' configurations into a recipe, with every setting that would mislead pointed out."""
+
+    def work() -> Result:
+        from trainwright import importing
+
+        found = importing.read(files, model=model, data=data)
+        for finding in found.findings:
+            print(finding.render(), file=sys.stderr)
+        return {"recipe": found.recipe, "nproc": found.nproc, "yaml": importing.render(found)}
+
+    return Job(work, as_json, lambda result: print(result["yaml"], end=""))
 
 
 @app.command()

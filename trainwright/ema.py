@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainwright.pieces import local
 from trainwright.recipe import Ema, InputError
 
-PREFIX = "ema."
-UPDATES = f"{PREFIX}updates"
+UPDATES = "updates"
 
 
 class Average:
@@ -26,13 +26,13 @@ class Average:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, section: Ema) -> None:
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if "updates" in named:
+        named = {name: local(p) for name, p in model.named_parameters() if p.requires_grad}
+        if UPDATES in named:
             raise InputError("training.ema: the model has a parameter 'updates', a name that the average uses; rename it")
         self._section = section
         self._parameters = list(named.values())
         self._averages = [p.detach().to(_wide(p), copy=True) for p in named.values()]
-        self._names = [f"{PREFIX}{name}" for name in named]
+        self._names = list(named)
         self._updates = 0
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class Average:
             _set(self._parameters, own)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: ``ema.<parameter>`` each, not copies, and the count ``ema.updates``, 0-dim int64."""
+        """What a checkpoint needs: averages by their parameters' names, not copies, and the count ``updates``, 0-dim int64."""
         return {**dict(zip(self._names, self._averages, strict=True)), UPDATES: torch.tensor(self._updates)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from trainwright.console import Display
 from trainwright.loop import Run, StepResult
 from trainwright.machine import matrix_product_rate
 from trainwright.recipe import InputError, Recipe
-from trainwright.tracking import Tracker
+from trainwright.tracking import Silence, Tracker
 
 HELD_OUT = "held_out"
 
@@ -37,24 +38,31 @@ class _Session:
     folder: Path
     run: Run
     display: Display
-    tracker: Tracker
+    tracker: Tracker | Silence
     peak: float | None
+    writer: checkpoint.Writer
     state: dict[str, Any] = field(default_factory=dict)  # what a checkpoint remembers besides the run: the best so far
     recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=20))
 
 
-def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False, rank: int = 0) -> dict[str, Any]:
     """Run a recipe to its end and save the model; gives what ``--json`` prints.
+
+    Args:
+        rank: this process among those that run the recipe together; only the first speaks and keeps the books.
 
     Raises:
         InputError: something the user can mend. RunError, CheckpointError: the run failed.
         Interrupted: after Ctrl-C, when the checkpoint is written.
     """
     folder = runfolder.check(recipe, resume)
-    with Display(quiet) as display, Tracker(folder, recipe.tracking.tensorboard) as tracker:
+    first = rank == 0
+    books = Tracker(folder, recipe.tracking.tensorboard) if first else Silence()
+    with Display(quiet or not first) as display, books as tracker:
         run = _assemble(recipe, display)
-        runfolder.begin(folder, recipe)
-        session = _Session(recipe, folder, run, display, tracker, _peak(run))
+        if first:
+            runfolder.begin(folder, recipe)
+        session = _Session(recipe, folder, run, display, tracker, _peak(run), checkpoint.Writer(_team(run)))
         session.state = runfolder.restore(folder, run, display.say) if resume else {}
         _check_best(session)
         session.state.setdefault("evaluations", {})
@@ -114,8 +122,10 @@ def _steps(session: _Session) -> None:
             best = _due(run, recipe.evaluation.every) and _evaluate(session)
             if session.state.get("stopped"):
                 break
-            path = _checkpoint(session) if best or stop or _due(run, recipe.checkpoint.every) else None
-            if stop:
+            leave = run.agree(bool(stop))
+            path = _checkpoint(session) if best or leave or _due(run, recipe.checkpoint.every) else None
+            if leave:
+                session.writer.wait()
                 raise Interrupted(
                     f"stopped after step {run.step}, saved in {path}; to go on: "
                     f"trainwright train {session.folder / 'recipe.yaml'} --resume"
@@ -219,11 +229,29 @@ def _is_best(session: _Session, values: dict[str, float]) -> bool:
 
 
 def _checkpoint(session: _Session) -> Path:
+    """Write the run as it stands. Several processes go on meanwhile; one alone needn't keep a copy of everything."""
+    run, folder, writer = session.run, session.folder, session.writer
     session.tracker.flush()
-    path = runfolder.save_checkpoint(session.folder, session.run, session.state)
-    best = session.state.get("best")
-    checkpoint.prune(session.folder, session.recipe.checkpoint.keep, {best["step"]} if best else set())
-    return path
+    state = runfolder.state_of(run, session.state)
+    if writer.team.size == 1:
+        checkpoint.write_held(folder, run.step, run.remember(), state)
+    _prune(session)
+    if writer.team.size > 1:
+        writer.begin(folder, run.step, run.remember(), state)
+    return checkpoint.path_of(folder, run.step)
+
+
+def _prune(session: _Session) -> None:
+    session.writer.wait()
+    if session.run.rank == 0:
+        best = session.state.get("best")
+        checkpoint.prune(session.folder, session.recipe.checkpoint.keep, {best["step"]} if best else set())
+
+
+def _team(run: Run) -> checkpoint.Team:
+    """The processes of this run, which write checkpoints together."""
+    tokens = run.share(uuid.uuid4().hex)
+    return checkpoint.Team(run.rank, len(tokens), tokens[0] if len(tokens) > 1 else "")
 
 
 def _finish(session: _Session) -> dict[str, Any]:
@@ -231,10 +259,10 @@ def _finish(session: _Session) -> dict[str, Any]:
     if str(run.step) not in session.state["evaluations"]:
         _evaluate(session)
     _checkpoint(session)
+    _prune(session)
     best = session.state.get("best")
     if best and best["step"] != run.step:
-        tensors, _ = checkpoint.read(checkpoint.path_of(folder, best["step"]))
-        runfolder.restore_weights(run, tensors)
+        run.recall(checkpoint.Reader(checkpoint.path_of(folder, best["step"])), False)
         session.display.say(f"the final model is the best one: step {best['step']}, {best['metric']} {best['value']:.4f}")
     with run.averaged():
         run.save(folder / runfolder.MODEL)

@@ -72,7 +72,8 @@ def join(recipe: Recipe, built: Built, data: Data, compiled: bool) -> Part:
         splits={"held_out": held_out} if held_out else {},
         measure=partial(_measure, sums, built),
         measures=LANGUAGE_MODEL,
-        save=partial(saving.save_model, recipe, model, built.config, built.source, tokenizer),
+        shape=lambda batch: tuple(batch.tokens.shape),
+        save=partial(saving.save_model, recipe, built, tokenizer, built.config, {}),
         unit="tokens",
         fingerprint=_fingerprint(splits),
         flops=flops.counter(flops.decoder_work(model, model.config)) if isinstance(model, decoder.Decoder) else None,
@@ -141,15 +142,22 @@ def sums_of(built: Built, recipe: Recipe, compiled: bool) -> Callable[[Tensor, A
     section = recipe.loss
     split = torch.compile(losses.split_softmax, dynamic=True) if compiled else losses.split_softmax
     head_weight: Callable[[], Tensor] | None = getattr(built.model, "head_weight", None)
+    shard = _shard_of(built)
 
     def sums(outputs: Tensor, batch: loader.TextBatch) -> Tensor:
         labels = batch.labels.to(built.device, non_blocking=True)
         with precision.context(built.precision, built.device):
             if head_weight is not None:
-                return losses.token_cross_entropy(outputs, head_weight(), labels, section, split)[0]
+                return losses.token_cross_entropy(outputs, head_weight(), labels, section, split, shard)[0]
             return losses.logits_cross_entropy(outputs, labels, section)[0]
 
     return sums
+
+
+def _shard_of(built: Built) -> losses.Shard | None:
+    """This process's part of the head, where tensor ranks divide the vocabulary."""
+    head, group = built.division.head, built.mesh.tensor.group
+    return losses.Shard(head.start[0], head.shape[0], group) if head is not None and group is not None else None
 
 
 def speaking(built: Built, tokenizer: PreTrainedTokenizerFast) -> Callable[[list[int], Sampling], Iterator[int]]:

@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from trainwright.models.contract import Change
+from trainwright.pieces import Held, Piece
 from trainwright.recipe import Recipe, RunError
 
 
@@ -32,6 +33,19 @@ class Batch(Protocol):
         """How many units of work it holds (tokens without padding, or samples)."""
 
 
+class Stored(Protocol):
+    """A checkpoint that is read piece by piece."""
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a whole tensor."""
+
+    def load(self, name: str, piece: Piece | None = None) -> Tensor:
+        """A box of it, by default all."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """A held-out prompt, what should follow, and what the model says."""
@@ -45,7 +59,7 @@ class Extra(Protocol):
     """What a technique must remember in checkpoints besides weights and the optimizer's state."""
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors, under names of its own."""
+        """Its tensors: those that belong to a parameter under its name, and others, equal in all processes."""
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Set it to what ``state`` gave."""
@@ -59,11 +73,16 @@ class Run:
     factor    the learning rate of a step, as a multiple of each parameter group's peak
     splits    what is never trained on: held_out, test
     measure   batches of a split to its metrics
+    rank      this process among all of the run
+    share     what every process says (JSON), in the order of their ranks
+    agree     whether any process says yes
     together  sums of numbers over all processes that share the data
     stream    makes the random numbers of this process others than those of processes with other parts of the data
     fingerprint  of the data: a run can't be resumed with other data
     averaged  a context in which the model holds the weights to be evaluated and saved
-    save      writes the model in the format of its method
+    save      writes the model in the format of its method; every process calls it
+    gradients  of a whole step, between ``forward_backward`` and the optimizer's step; by name
+    remember  what a checkpoint needs, by name; recall sets it again, or only the weights of it
     flops     counts the work of a micro-batch, where that is known
     pictures  draws what the model makes of a split, and gives the files
     """
@@ -83,6 +102,9 @@ class Run:
     splits: Mapping[str, Callable[[], Iterable[Batch]]]
     measure: Callable[[Iterable[Batch], Callable[[int], None]], dict[str, float]]
     save: Callable[[Path], None]
+    gradients: Callable[[], dict[str, Held]]
+    remember: Callable[[], dict[str, Held]]
+    recall: Callable[[Stored, bool], None]
     compute_dtype: torch.dtype
     unit: str
     fingerprint: str
@@ -91,6 +113,9 @@ class Run:
     pictures: Callable[[Path, str, Mapping[str, float]], list[Path]] | None = None
     averaged: Callable[[], AbstractContextManager[object]] = nullcontext
     extra: Extra | None = None
+    rank: int = 0
+    share: Callable[[Any], list[Any]] = lambda value: [value]
+    agree: Callable[[bool], bool] = lambda mine: mine
     together: Callable[[list[float]], list[float]] = lambda numbers: numbers
     stream: int = 0
     notes: list[str] = field(default_factory=list)

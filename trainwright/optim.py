@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,11 +44,17 @@ FUSED_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 SMALL = 8192  # elements of a parameter; measured on a CPU with tensors from 32 x 32 to 512 x 512
 
 
-def parameter_groups(named: Iterable[Named], section: Optimizer) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Iterable[Named], section: Optimizer, plain: Sequence[str] = (), copies: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """The trainable parameters, by the settings that they get.
 
     Weight decay is on matrices (and larger) only, not on vectors, that is norms and biases, unless a group of the recipe
     states one for all its members. The first group that matches a parameter counts.
+
+    Args:
+        plain: all trainable names, where this process has only some of the parameters; patterns are held against these.
+        copies: names here to those in ``plain``, where they differ.
 
     Returns:
         Groups with params, names, weight_decay, and peak, the learning rate that the schedule multiplies; none is empty.
@@ -59,10 +66,11 @@ def parameter_groups(named: Iterable[Named], section: Optimizer) -> list[dict[st
     trainable = [(name, p) for name, p in named if p.requires_grad]
     if not trainable:
         raise InputError("nothing to train: every parameter is frozen; see the section adapt")
-    chosen = _choose([name for name, _ in trainable], section.groups)
+    names = list(plain) or [name for name, _ in trainable]
+    chosen = dict(zip(names, _choose(names, section.groups), strict=True))
     groups = []
     for index, settings in enumerate([None, *section.groups], start=-1):
-        members = [pair for pair, place in zip(trainable, chosen, strict=True) if place == index]
+        members = [pair for pair in trainable if chosen[copies.get(pair[0], pair[0])] == index]
         groups += _split(members, settings, section)
     return groups
 

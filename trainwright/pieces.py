@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Piece:
         return Piece(outer.size, start, self.size)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, sharing its memory; a plain tensor is itself."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+
+
 @dataclass(frozen=True)
 class Held:
     """What a process holds of a tensor: the values of ``piece``, on any device.
@@ -78,3 +84,7 @@ class Held:
     tensor: Tensor
     piece: Piece
     speaks: bool = True
+
+    def of(self, tensor: Tensor) -> Held:
+        """The same place with other values."""
+        return Held(tensor, self.piece, self.speaks)

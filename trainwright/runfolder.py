@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trainwright import checkpoint, tracking
 from trainwright.loop import Run
 from trainwright.recipe import DECODER, Init, InputError, Recipe
@@ -115,33 +113,21 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def capture(run: Run, extra: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What a checkpoint holds: what learns, the optimizer's state and the step. Frozen values come from the base again."""
-    tensors = {f"model.{name}": p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
-    tensors |= {f"buffer.{name}": b for name, b in run.model.named_buffers()}
-    tensors |= run.extra.state() if run.extra else {}
-    states, skeleton = checkpoint.flatten(run.optimizer.state_dict(), "optimizer")
-    state = {"step": run.step, "optimizer": skeleton, "extra": extra, "data": run.fingerprint}
-    return {**tensors, **states}, state
-
-
-def save_checkpoint(folder: Path, run: Run, extra: dict[str, Any]) -> Path:
-    """Write the run as it stands after ``run.step`` steps."""
-    tensors, state = capture(run, extra)
-    return checkpoint.write(folder, run.step, tensors, state)
+def state_of(run: Run, extra: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
+    return {"step": run.step, "extra": extra, "data": run.fingerprint}
 
 
 def restore(folder: Path, run: Run, warn: Callable[[str], None]) -> dict[str, Any]:
     """Set the run to its newest whole checkpoint; gives what the caller had stored with it, empty if there is none."""
-    loaded = checkpoint.newest_valid(folder, warn)
-    if loaded is None:
+    reader = checkpoint.newest_reader(folder, warn, run.rank, run.share)
+    if reader is None:
         return {}
-    if loaded.state.get("data", run.fingerprint) != run.fingerprint:
-        raise InputError(f"{folder}: its data isn't what it was when {loaded.folder.name} was written; start a new run")
-    restore_weights(run, loaded.tensors)
-    run.optimizer.load_state_dict(checkpoint.unflatten(loaded.tensors, loaded.state["optimizer"]))
-    run.step = loaded.state["step"]
-    extra: dict[str, Any] = loaded.state["extra"]
+    if reader.state["data"] != run.fingerprint:
+        raise InputError(f"{folder}: its data isn't what it was when {reader.folder.name} was written; start a new run")
+    run.recall(reader, True)
+    run.step = reader.state["step"]
+    extra: dict[str, Any] = reader.state["extra"]
     return extra
 
 
@@ -150,15 +136,3 @@ def same_data(folder: Path, run: Run) -> bool:
     newest = checkpoint.latest(folder)
     state = json.loads((newest / checkpoint.STATE).read_text(encoding="utf-8")) if newest else {}
     return bool(state.get("data", run.fingerprint) == run.fingerprint)
-
-
-@torch.no_grad()
-def restore_weights(run: Run, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy a checkpoint's learned values and buffers into the model."""
-    for name, parameter in run.model.named_parameters():
-        if parameter.requires_grad:
-            parameter.copy_(tensors[f"model.{name}"])
-    for name, buffer in run.model.named_buffers():
-        buffer.copy_(tensors[f"buffer.{name}"])
-    if run.extra:
-        run.extra.restore(tensors)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
+from trainwright.built import Built
 from trainwright.models import pretrained
 from trainwright.models.folder import swap, write_json, write_weights
-from trainwright.recipe import Lora, Partial, Recipe
+from trainwright.parallel import exchange
+from trainwright.pieces import Held
+from trainwright.recipe import Adapt, Lora, Partial, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,39 +28,64 @@ SHARD_BYTES = 5 * 10**9
 
 def save_model(
     recipe: Recipe,
-    model: nn.Module,
-    config: dict[str, Any],
-    source: pretrained.Source | None,
+    built: Built,
     tokenizer: PreTrainedTokenizerFast | None,
+    config: dict[str, Any],
+    files: Mapping[str, str],
+    held: Mapping[str, Held],
     folder: Path,
-    files: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write the model in the format of its method, at once or not at all.
+    """Write the model in the format of its method, at once or not at all. Every process calls it; the first one writes.
 
     Args:
         config: what config.json says.
         files: other text files of the folder, by name.
+        held: what this process has of the model.
     """
+    chosen = {name: one for name, one in held.items() if _belongs(name, recipe.adapt, built.division.plain)}
+    with exchange.collecting(chosen, built.device) as (blank, stream):
+        if built.mesh.rank == 0:
+            _write(recipe, built, tokenizer, config, files, blank, stream, folder)
+
+
+def _write(
+    recipe: Recipe,
+    built: Built,
+    tokenizer: PreTrainedTokenizerFast | None,
+    config: dict[str, Any],
+    files: Mapping[str, str],
+    blank: Mapping[str, Tensor],
+    stream: Iterator[tuple[str, Tensor | None]],
+    folder: Path,
+) -> None:
     section = recipe.adapt
     if not isinstance(section, Lora | Partial) and not files:
-        pretrained.save_folder(folder, plain_tensors(model), config, tokenizer)
+        pretrained.save_folder(folder, blank, config, tokenizer, stream=stream)
         return
-    base, base_hash = recipe.model.pretrained or "", pretrained.fingerprint(source) if source else ""
+    base = {"base": recipe.model.pretrained or "", "base_hash": pretrained.fingerprint(built.source) if built.source else ""}
     with replacing(folder) as temporary:
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         if isinstance(section, Lora):
-            lora.save(model, section, temporary, base=base, base_hash=base_hash)
+            lora.save(dict(_values(stream)), section, temporary, **base)
         elif isinstance(section, Partial):
-            partial_tuning.save(model, section, temporary, base=base, base_hash=base_hash)
+            partial_tuning.save(dict(_values(stream)), section, temporary, **base)
         else:
-            save_plain(model, config, temporary)
+            write_json(temporary / "config.json", config)
+            write_weights(temporary, blank, SHARD_BYTES, stream)
 
 
-def save_plain(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """model.safetensors and config.json of a model that isn't a decoder."""
-    write_json(folder / "config.json", config)
-    write_weights(folder, plain_tensors(model), SHARD_BYTES)
+def _belongs(name: str, section: Adapt, trained: Collection[str]) -> bool:
+    """Whether a tensor is saved by the method."""
+    if isinstance(section, Lora):
+        return lora.is_factor(name)
+    return not isinstance(section, Partial) or name in trained
+
+
+def _values(stream: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stream:
+        assert tensor is not None, "the first process gets every tensor"
+        yield name, tensor
 
 
 def plain_tensors(model: nn.Module) -> dict[str, Tensor]:

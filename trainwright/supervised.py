@@ -25,6 +25,7 @@ from trainwright.losses import criteria
 from trainwright.memory import layout, precision
 from trainwright.metrics import meter
 from trainwright.parallel import collectives
+from trainwright.pieces import Held
 from trainwright.predictor import Predictor
 from trainwright.recipe import ArrayData, ImageData, InputError, Recipe, SeriesData, TableData, Task
 from trainwright.recipe.file import dump
@@ -82,7 +83,7 @@ def join(recipe: Recipe, built: Built, data: Data) -> Part:
         InputError: a metric or an augmentation that doesn't fit the task.
     """
     splits, task = data.splits, data.task
-    _check_last_batch(recipe, built.model, len(splits.train))
+    _check_last_batch(recipe, built.model, len(splits.train), built.mesh.data.size)
     names = meter.check(recipe.metrics, task)
     criterion = criteria.make(recipe.loss, task, splits.train.targets)
     forward = forward_of(built, splits.preparation)
@@ -110,13 +111,18 @@ def join(recipe: Recipe, built: Built, data: Data) -> Part:
         splits={name: partial(in_order, examples, size, share) for name, examples in named.items() if examples is not None},
         measure=measure,
         measures=("loss", *names),
+        shape=lambda batch: tuple(batch.inputs.shape),
         save=partial(save, recipe, built, data),
         unit="samples",
         fingerprint=_fingerprint(splits),
-        flops=flops.sample_counter(built.model, whole, splits.train.inputs.take(np.zeros(1, dtype=np.int64))),
+        flops=_work(built, whole, splits) if built.mesh.size == 1 else None,
         pictures=partial(_pictures, named, whole, splits.preparation, task, size),
         notes=splits.notes,
     )
+
+
+def _work(built: Built, whole: Callable[[Tensor], Tensor], splits: Splits) -> Callable[[Any], float] | None:
+    return flops.sample_counter(built.model, whole, splits.train.inputs.take(np.zeros(1, dtype=np.int64)))
 
 
 def _fingerprint(splits: Splits) -> str:
@@ -129,9 +135,10 @@ def _fingerprint(splits: Splits) -> str:
     return total.hexdigest()
 
 
-def _check_last_batch(recipe: Recipe, model: nn.Module, samples: int) -> None:
+def _check_last_batch(recipe: Recipe, model: nn.Module, samples: int, processes: int) -> None:
     """BatchNorm can't normalise by the deviation of one sample."""
-    size = recipe.training.micro_batch_size or recipe.training.batch_size
+    training = recipe.training
+    size = training.micro_batch_size * processes if training.micro_batch_size else training.batch_size
     if samples % size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
         raise InputError(
             f"training.batch_size: {samples} samples in portions of {size} leave one alone, which BatchNorm can't normalise; "
@@ -219,7 +226,7 @@ def _portions(examples: Examples, count: int, size: int) -> Iterator[Tensor]:
         yield examples.inputs.take(np.arange(first, min(first + size, count)))
 
 
-def save(recipe: Recipe, built: Built, data: Data, folder: Path) -> None:
+def save(recipe: Recipe, built: Built, data: Data, held: Mapping[str, Held], folder: Path) -> None:
     """The final model, with what prediction needs to know of the data."""
     config = {"architecture": recipe.model.architecture, "options": recipe.model.options, "inputs": list(data.shape.inputs)}
     files = {
@@ -227,7 +234,7 @@ def save(recipe: Recipe, built: Built, data: Data, folder: Path) -> None:
         TASK: json.dumps(asdict(data.task), indent=1) + "\n",
         "recipe.yaml": dump(recipe),
     }
-    saving.save_model(recipe, built.model, config, built.source, None, folder, files)
+    saving.save_model(recipe, built, None, config, files, held, folder)
 
 
 def read_saved(folder: Path) -> tuple[Preparation, Task]:

@@ -27,6 +27,26 @@ from trainwright.recipe import InputError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+
+class Silence:
+    """In the place of a Tracker where another process keeps the books."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+    def log(self, step: int, values: Mapping[str, SupportsFloat], split: str | None = None) -> None:
+        """Not here."""
+
+    def truncate_after(self, step: int) -> None:
+        """Not here."""
+
+    def flush(self) -> None:
+        """Nothing to bring to the disk."""
+
+
 _RESERVED = {"step", "split", "non_finite"}
 
 

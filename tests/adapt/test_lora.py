@@ -202,7 +202,7 @@ def test_truncated_adapter(tmp_path):
 def test_a_user_module_takes_lora(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     change = lora.apply(model, Lora(method="lora", rank=2), head=None)
-    lora.initialize(model)
+    lora.initialize(model, 0)
     assert len(change.names) == 2
     assert not isinstance(model, Decoder)
     model(torch.ones(1, 4)).sum().backward()

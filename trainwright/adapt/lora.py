@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainwright.models.contract import Change, match
+from trainwright.models.contract import Change, Portion, dropout, match, seed_of
+from trainwright.pieces import Piece, local
 from trainwright.recipe import InputError, Lora, nearest
 
 
@@ -65,11 +67,18 @@ class LoraLinear(nn.Linear):
     lora_B: nn.Parameter  # (out_features, rank)
     scale: float
     dropout: float
+    bound: float  # of A's first values: 1/sqrt(in_features), also where a process has a part of these
+    portion: Portion | None = None  # the part of the input's features that a process has
+    FEATURES: ClassVar = {"lora_A": ("rank", "in"), "lora_B": ("out", "rank")}
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Base and adapter on x, and perhaps a bias."""
+        dropped = dropout(x, self.dropout, self.training, self.portion) if self.dropout else x
         low = nn.functional.linear(dropped, self.lora_A) * self.scale
-        return nn.functional.linear(x, self.weight, self.bias) + nn.functional.linear(low, self.lora_B)
+        return nn.functional.linear(x, self.weight, bias) + nn.functional.linear(low, self.lora_B)
 
     @staticmethod
     def apply_all(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
@@ -95,7 +104,7 @@ def _adapt(layer: nn.Module, section: Lora) -> None:
     assert isinstance(layer, nn.Linear)
     layer.__class__ = LoraLinear
     assert isinstance(layer, LoraLinear)
-    layer.scale, layer.dropout = scale_of(section), section.dropout
+    layer.scale, layer.dropout, layer.bound = scale_of(section), section.dropout, 1 / math.sqrt(layer.in_features)
     layer.lora_A = nn.Parameter(torch.empty(section.rank, layer.in_features, device=layer.weight.device))
     layer.lora_B = nn.Parameter(torch.empty(layer.out_features, section.rank, device=layer.weight.device))
 
@@ -106,12 +115,19 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """A Kaiming-uniform as in PEFT (bound 1/sqrt(in_features)), B zero: the adapted model starts as the base."""
-    for _, layer in adapted(model):
-        bound = 1 / math.sqrt(layer.in_features)
-        layer.lora_A.uniform_(-bound, bound, generator=generator)
-        layer.lora_B.zero_()
+def initialize(model: nn.Module, seed: int, pieces: Mapping[str, Piece] = MappingProxyType({})) -> None:
+    """A Kaiming-uniform as in PEFT (bound 1/sqrt(in_features)), B zero: the adapted model starts as the base.
+
+    Args:
+        pieces: which box of the whole factor a parameter is, where it isn't all of it.
+    """
+    for name, layer in adapted(model):
+        piece = pieces.get(f"{name}.lora_A") or Piece.all_of(tuple(layer.lora_A.shape))
+        bound = 1 / math.sqrt(piece.shape[1])
+        generator = torch.Generator().manual_seed(seed_of(seed, f"{name}.lora_A"))
+        whole = torch.empty(piece.shape).uniform_(-bound, bound, generator=generator)
+        local(layer.lora_A).copy_(piece.of(whole))
+        local(layer.lora_B).zero_()
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -124,15 +140,16 @@ def is_factor(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B"))
 
 
-def save(model: nn.Module, section: Lora, folder: Path, *, base: str, base_hash: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json in PEFT's format."""
-    tensors = {}
-    for name, layer in adapted(model):
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+def save(factors: Mapping[str, Tensor], section: Lora, folder: Path, *, base: str, base_hash: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json in PEFT's format.
+
+    Args:
+        factors: all of a model's, by their parameters' names.
+    """
+    tensors = {f"base_model.model.{name}.weight": value.detach().cpu().contiguous() for name, value in factors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "base_hash": base_hash})
-    config = peft_config(section, sorted(name for name, _ in adapted(model)), base)
+    config = peft_config(section, _targets(factors), base)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -203,27 +220,38 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load(model: nn.Module, folder: Path, base_hash: str | None = None) -> None:
+def load(
+    model: nn.Module,
+    folder: Path,
+    base_hash: str | None = None,
+    pieces: Mapping[str, Piece] = MappingProxyType({}),
+    absent: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Copy an adapter's factors into a model that ``apply`` prepared.
+
+    Args:
+        pieces: which box of the whole factor a parameter is, where it isn't all of it.
+        absent: which names belong to a part of the model that another process has.
 
     Raises:
         InputError: factors of other names or shapes, or an adapter made for another base.
     """
-    tensors, parameters = read_tensors(folder), dict(model.named_parameters())
+    tensors = {name: value for name, value in read_tensors(folder).items() if not absent(name)}
+    parameters = {name: p for name, p in model.named_parameters() if is_factor(name)}
     check_base(folder / "adapter_model.safetensors", base_hash)
-    wanted = {name for name in parameters if is_factor(name)}
     for name, value in tensors.items():
-        if name not in wanted:
+        if name not in parameters:
             raise InputError(
-                f"{folder}: the adapter has {name}, the model has not{nearest(name, wanted)}: is it for another base?"
+                f"{folder}: the adapter has {name}, the model has not{nearest(name, parameters)}: is it for another base?"
             )
-        if value.shape != parameters[name].shape:
+        piece = pieces.get(name) or Piece.all_of(tuple(parameters[name].shape))
+        if tuple(value.shape) != piece.shape:
             raise InputError(
-                f"{folder}: {name} is {list(value.shape)} in the adapter, {list(parameters[name].shape)} in the model: "
+                f"{folder}: {name} is {list(value.shape)} in the adapter, {list(piece.shape)} in the model: "
                 "is it for another base, or another rank?"
             )
-        parameters[name].copy_(value)
-    if missing := sorted(wanted - set(tensors)):
+        local(parameters[name]).copy_(piece.of(value))
+    if missing := sorted(parameters.keys() - tensors.keys()):
         raise InputError(f"{folder}: the adapter lacks {missing[0]} and {len(missing) - 1} more; adapt.targets must be its own")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainwright.models.contract import Change, match
+from trainwright.pieces import Piece, local
 from trainwright.recipe import InputError, Partial, nearest
 
 FILE = "delta.safetensors"
@@ -30,12 +33,11 @@ def apply(model: nn.Module, section: Partial) -> Change:
     return Change("partial", f"{count:,} parameters in {len(names)} tensors learn; the rest is frozen", tuple(names))
 
 
-def save(model: nn.Module, section: Partial, folder: Path, *, base: str, base_hash: str) -> None:
+def save(tensors: Mapping[str, Tensor], section: Partial, folder: Path, *, base: str, base_hash: str) -> None:
     """Write the trained tensors, with the base's name and hash and the patterns as metadata."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     metadata = {"format": "pt", "base": base, "base_hash": base_hash, "patterns": json.dumps(section.train)}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / FILE, metadata=metadata)
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / FILE, metadata=metadata)
 
 
 def read_section(folder: Path) -> Partial:
@@ -61,13 +63,27 @@ def read(folder: Path, base_hash: str | None) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load(model: nn.Module, folder: Path, base_hash: str | None) -> None:
-    """Copy a delta's tensors over those of the base."""
+def load(
+    model: nn.Module,
+    folder: Path,
+    base_hash: str | None,
+    pieces: Mapping[str, Piece] = MappingProxyType({}),
+    absent: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Copy a delta's tensors over those of the base.
+
+    Args:
+        pieces: which box of the whole tensor a parameter is, where it isn't all of it.
+        absent: which names belong to a part of the model that another process has.
+    """
     parameters = dict(model.named_parameters())
     for name, value in read(folder, base_hash).items():
-        if name not in parameters or parameters[name].shape != value.shape:
+        if absent(name):
+            continue
+        piece = pieces.get(name) or Piece.all_of(tuple(parameters[name].shape) if name in parameters else ())
+        if name not in parameters or piece.shape != tuple(value.shape):
             raise InputError(f"{folder / FILE}: {name} {list(value.shape)} is not in the model{nearest(name, parameters)}")
-        parameters[name].copy_(value)
+        local(parameters[name]).copy_(piece.of(value))
 
 
 def _open(folder: Path) -> safe_open:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
@@ -19,8 +21,22 @@ STRIDE = 64  # rows are padded to a multiple of it: a new size of logits each ti
 Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Where this process's rows of the head stand: from ``first`` on, of ``vocabulary``; the group has the others."""
+
+    first: int
+    vocabulary: int
+    group: dist.ProcessGroup
+
+
 def token_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, section: CrossEntropy, split: Split | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    section: CrossEntropy,
+    split: Split | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, int]:
     """Cross-entropy of the next token, its logits made a chunk at a time and only where a label is.
 
@@ -29,6 +45,8 @@ def token_cross_entropy(
         weight: (vocabulary, size), the head; its gradient is accumulated in float32.
         labels: (rows, length) int64; -100 where nothing is predicted.
         split: ``split_softmax``, or the same compiled.
+        shard: where ``weight`` is a part of the head's rows. Every process of the group has the same hidden states and labels
+            and gets the same sum; of hidden's gradient each gets the part that comes from its rows, to be summed.
 
     Returns:
         The sum over the supervised positions (0-dim float32, differentiable in hidden and weight) and their number.
@@ -39,7 +57,7 @@ def token_cross_entropy(
     rows = hidden.flatten(0, -2).index_select(0, index)
     targets = labels.flatten().index_select(0, index).clamp(min=0)
     total = _ChunkedCrossEntropy.apply(
-        rows, weight, targets, counts, section.label_smoothing, section.z_loss, split or split_softmax
+        rows, weight, targets, counts, section.label_smoothing, section.z_loss, split or split_softmax, shard
     )
     return total, len(supervised)
 
@@ -67,6 +85,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     so that the softmax is never divided out nor the target subtracted over the whole vocabulary: that is left to small tensors.
     Rows that don't count (padding) have every term times zero.
+
+    Of a shard, E, s and W are its own, L is of all shards, and a gets the factor exp(own logsumexp - L).
     """
 
     @staticmethod
@@ -79,11 +99,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         smoothing: float,
         z_loss: float,
         split: Split,
+        shard: Shard | None,
     ) -> Tensor:
         need_rows, need_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(rows.dtype, torch.float32)
         head = weight.to(rows.dtype)
-        mean_head = head.to(wide).mean(0) if smoothing else None
+        vocabulary = shard.vocabulary if shard else len(head)
+        mean_head = head.to(wide).sum(0) / vocabulary if smoothing else None
         total = torch.zeros((), dtype=wide, device=rows.device)
         d_rows = torch.empty_like(rows) if need_rows else None
         d_head = torch.zeros_like(weight, dtype=wide) if need_weight else None
@@ -92,31 +114,50 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + size)
             chunk, target, real = rows[part], targets[part], counts[part, None].to(wide)
             logits = chunk @ head.T
-            lse, exps, sums = split(logits)
+            own, exps, sums = split(logits)
+            mine, target = (real, target) if shard is None else _mine(real, target, shard, len(head))
             picked = logits.gather(1, target[:, None]).squeeze(1).to(wide)
+            mean = chunk.to(wide) @ mean_head if mean_head is not None else None
+            lse, picked, mean = (own, picked, mean) if shard is None else _whole(own, picked * (mine[:, 0] > 0), mean, shard)
             total += (lse - (1 - smoothing) * picked + z_loss * lse.square()) @ real.squeeze(1)
-            factor = ((1 + 2 * z_loss * lse) / sums)[:, None] * real
-            if mean_head is not None:
-                total -= smoothing * (chunk.to(wide) @ mean_head) @ real.squeeze(1)
+            share = 1 / sums if shard is None else (own - lse).exp() / sums
+            factor = ((1 + 2 * z_loss * lse) * share)[:, None] * real
+            if mean is not None:
+                total -= smoothing * mean @ real.squeeze(1)
             if d_rows is not None:
-                gradient = factor * (exps @ head).to(wide) - (1 - smoothing) * real * head[target].to(wide)
+                gradient = factor * (exps @ head).to(wide) - (1 - smoothing) * mine * head[target].to(wide)
                 d_rows[part] = gradient if mean_head is None else gradient - smoothing * real * mean_head
             if d_head is not None:
                 d_head += exps.T @ (factor * chunk).to(rows.dtype)
-                d_head.index_add_(0, target, real * chunk.to(wide), alpha=smoothing - 1)
+                d_head.index_add_(0, target, mine * chunk.to(wide), alpha=smoothing - 1)
                 if mean_head is not None:
-                    d_head -= smoothing / len(head) * (real * chunk.to(wide)).sum(0)
+                    d_head -= smoothing / vocabulary * (real * chunk.to(wide)).sum(0)
         ctx.save_for_backward(d_rows, d_head)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None]:
         d_rows, d_head = ctx.saved_tensors
         scale = grads[0]
         rows = None if d_rows is None else d_rows * scale.to(d_rows.dtype)
         head = None if d_head is None else (d_head * scale).to(ctx.weight_dtype)
-        return rows, head, None, None, None, None, None
+        return rows, head, None, None, None, None, None, None
+
+
+def _mine(real: Tensor, target: Tensor, shard: Shard, rows: int) -> tuple[Tensor, Tensor]:
+    """Of a chunk's targets, which are among this shard's rows (those that count as 1.0), and their places there."""
+    local = target - shard.first
+    inside = (local >= 0) & (local < rows)
+    return real * inside[:, None], local * inside
+
+
+def _whole(own: Tensor, picked: Tensor, mean: Tensor | None, shard: Shard) -> tuple[Tensor, Tensor, Tensor | None]:
+    """logsumexp, the targets' logits and the mean logits over all shards, bitwise alike on each: one collective."""
+    mine = torch.stack([own, picked] if mean is None else [own, picked, mean])
+    parts = mine.new_empty(dist.get_world_size(shard.group), *mine.shape)
+    dist.all_gather_single(parts.flatten(0, 1), mine, group=shard.group)
+    return parts[:, 0].logsumexp(0), parts[:, 1].sum(0), None if mean is None else parts[:, 2].sum(0)
 
 
 def split_softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

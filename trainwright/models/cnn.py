@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from trainwright.models.contract import present
 from trainwright.recipe import InputError
 from trainwright.recipe.base import Fraction, Positive, Section
 
@@ -42,10 +43,12 @@ class Cnn(nn.Module):
     def __init__(self, options: CnnOptions, inputs: tuple[int, ...], outputs: int) -> None:
         super().__init__()
         channels, height, width = inputs
+        self.pixels = height * width
         count = len(options.channels)
         check_halvings(count, height, width)
         sizes = [channels, *options.channels]
         self.stages = nn.Sequential(*(_stage(options, *pair) for pair in pairwise(sizes)))
+        self.flatten = nn.Flatten()
         self.hidden = nn.Linear(sizes[-1] * (height >> count) * (width >> count), options.hidden)
         self.activation = nn.ReLU()
         self.dropout = nn.Dropout(options.dropout)
@@ -53,10 +56,15 @@ class Cnn(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The stages of convolutions, in order."""
-        return list(self.stages)
+        return present(self.stages)
+
+    def parts(self) -> dict[str, int]:
+        """What a pipeline cuts between, as ``contract.Chain`` has it."""
+        stages = {f"stages.{place}": self.pixels >> 2 * place for place in range(len(self.stages))}
+        return {**stages, "flatten": 1, "hidden": 1, "activation": 1, "dropout": 1, "head": 1}
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.activation(self.hidden(self.stages(x).flatten(1)))
+        hidden = self.activation(self.hidden(self.flatten(self.stages(x))))
         return self.head(self.dropout(hidden))
 
 

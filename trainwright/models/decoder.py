@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.models.attention import attention, cached_attention
-from trainwright.models.contract import apply_all, effective_weight
+from trainwright.models.contract import Stretch, TensorPlan, Vocabulary, apply_all, effective_weight, present
 from trainwright.models.rotary import Rotary, read_rotary, rotate
 from trainwright.recipe import InputError, nearest
 
@@ -99,8 +99,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -178,8 +182,25 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def _stretches(block: str) -> tuple[Stretch, Stretch]:
+    """Attention and MLP of a block, by its name."""
+    attention, mlp = f"{block}.self_attn", f"{block}.mlp"
+    return (
+        Stretch(
+            columns=(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+            row=f"{attention}.o_proj",
+            after=f"{block}.input_layernorm",
+            counts=((attention, "kv_heads"),),
+        ),
+        Stretch((f"{mlp}.gate_proj", f"{mlp}.up_proj"), f"{mlp}.down_proj", after=f"{block}.post_attention_layernorm"),
+    )
+
+
 class KVCache:
-    """Keys and values of the tokens seen so far, (layers, rows, KV heads, capacity, head_dim) each."""
+    """Keys and values of the tokens seen so far, (layers, rows, KV heads, capacity, head_dim) each.
+
+    There is room for all KV heads, and a part is used where processes share them.
+    """
 
     def __init__(self, config: DecoderConfig, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
@@ -189,10 +210,10 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (rows, KV heads, new, head_dim) behind the tokens seen so far; give all of this layer's, new ones included."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        heads, end = keys.shape[1], self.length + keys.shape[2]
+        self.keys[layer, :, :heads, self.length : end] = keys
+        self.values[layer, :, :heads, self.length : end] = values
+        return self.keys[layer, :, :heads, :end], self.values[layer, :, :heads, :end]
 
 
 class Body(nn.Module):
@@ -226,8 +247,22 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers, in order: the units of compiling, checkpointing and sharding."""
-        return list(self.model.layers)
+        """The repeated layers that are here, in order: the units of compiling, checkpointing and sharding."""
+        return present(self.model.layers)
+
+    def parts(self) -> dict[str, int]:
+        """What a pipeline cuts between, as ``contract.Chain`` has it."""
+        layers = {f"model.layers.{place}": 1 for place in range(len(self.model.layers))}
+        return {"model.embed_tokens": 0, **layers, "model.norm": 1, "lm_head": 1}
+
+    def tensor_plan(self) -> TensorPlan:
+        """Attention by KV heads, each with its group of query heads; MLPs by inner features; the vocabulary by rows."""
+        numbers = {"num_key_value_heads": self.config.num_key_value_heads, "intermediate_size": self.config.intermediate_size}
+        stretches = [
+            stretch for name, _ in self.model.layers.named_children() for stretch in _stretches(f"model.layers.{name}")
+        ]
+        vocabulary = Vocabulary("model.embed_tokens", "model.norm", "lm_head", alone=("extend",))
+        return TensorPlan(numbers, tuple(stretches), vocabulary)
 
     def forward(self, tokens: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -260,15 +295,9 @@ class Decoder(nn.Module):
         """Scores (..., vocab_size)."""
         return self.lm_head(hidden)
 
-    @torch.no_grad()
-    def initialize(self, names: set[str], generator: torch.Generator | None = None) -> None:
-        """Fresh values for the named parameters: norms one, biases zero, the rest normal(0, initializer_range)."""
-        for name, parameter in self.named_parameters():
-            if name not in names:
-                continue
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+    def published_start(self, name: str, layer: nn.Module) -> None:
+        """Matrices normal(0, initializer_range), biases zero; norms have set themselves to one."""
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            nn.init.normal_(layer.weight, 0.0, self.config.initializer_range)
+        if isinstance(layer, nn.Linear) and layer.bias is not None:
+            nn.init.zeros_(layer.bias)

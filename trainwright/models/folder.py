@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from trainwright.models.tensor_file import numbers, save_file
+from trainwright.pieces import Piece
 from trainwright.recipe import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Stream = Iterable[tuple[str, Tensor | None]]  # names with values, each once; None only at ranks that don't write
 SINGLE = "model.safetensors"
 ADAPTERS = ("adapter_model.safetensors", "delta.safetensors")
 INDEX = "model.safetensors.index.json"
@@ -75,12 +78,16 @@ class FolderWeights:
             raise InputError(f"{path}: {name} is stored as {kind}, quantised; take the weights it was made from")
         return DTYPES[kind]
 
-    def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A new tensor in ``dtype`` (default: as stored) that shares nothing with the file."""
-        out = torch.empty(self.shape(name), dtype=dtype or self.dtype(name))
+    def load(self, name: str, dtype: torch.dtype | None = None, piece: Piece | None = None) -> Tensor:
+        """A new tensor in ``dtype`` (default: as stored) that shares nothing with the file; of it, only the piece is read."""
+        box = piece or Piece.all_of(self.shape(name))
+        assert box.shape == self.shape(name), f"{name}: {box} of {self.shape(name)}"
+        out = torch.empty(box.size, dtype=dtype or self.dtype(name))
+        if not box.numel:  # which safetensors can't slice
+            return out
         # Opened anew for each tensor: closing unmaps the pages that were read, so that memory holds one copy.
         with opened(self._stored[name][0]) as file:
-            return out.copy_(file.get_tensor(name))
+            return out.copy_(file.get_tensor(name) if box.whole else file.get_slice(name)[box.slices()])
 
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
@@ -172,25 +179,31 @@ def save_folder(
     config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerFast | None = None,
     shard_bytes: int = 5 * 10**9,
+    stream: Stream | None = None,
 ) -> None:
     """Write a Llama model as a folder for ``AutoModelForCausalLM.from_pretrained``; all of it, or nothing.
 
     ``tensors`` have Hugging Face's names; each keeps its dtype. A tied head is not written twice. A model folder that
     exists is replaced once the new one is complete. An empty ``config`` means a user's module: only names and values.
 
+    Args:
+        stream: the tensors with their values, one in memory at a time; ``tensors`` then needs none (meta device).
+
     Raises:
         InputError: the folder exists and is no model; or the config ties a head that isn't equal to the embedding.
     """
     folder = Path(folder).resolve()  # a symbolic link keeps pointing to the model
     check_replaceable(folder)
-    kept = without_tied_head(tensors, config)
-    assert not any(tensor.is_meta or (config and not tensor.numel()) for tensor in kept.values()), "weights not gathered"
+    assert not config or all(tensor.numel() for tensor in tensors.values()), "weights not gathered"
+    stream, kept = tensors.items() if stream is None else stream, dict(tensors)
+    if config.get("tie_word_embeddings") and HEAD in tensors and EMBEDDING in tensors:
+        stream, kept = without_tied_head(stream), {name: tensor for name, tensor in tensors.items() if name != HEAD}
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         write_configs(temporary, config, kept.values())
-        write_weights(temporary, kept, shard_bytes)
+        write_weights(temporary, kept, shard_bytes, stream)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         swap(temporary, folder)
@@ -206,25 +219,30 @@ def check_replaceable(folder: Path) -> None:
         raise InputError(f"{folder}: holds files that are no model and would be lost; give another folder to save to")
 
 
-def without_tied_head(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors, without the head where the config ties it to the embedding."""
-    kept = dict(tensors)
-    if not config.get("tie_word_embeddings") or HEAD not in kept or EMBEDDING not in kept:
-        return kept
-    head = kept.pop(HEAD)
-    if head is not kept[EMBEDDING] and not torch.equal(head, kept[EMBEDDING]):
-        raise InputError("the config ties head and embedding but their values differ; set tie_word_embeddings: false")
-    return kept
+def without_tied_head(stream: Stream) -> Iterator[tuple[str, Tensor | None]]:
+    """The tensors without the head, which the config ties to the embedding; compared by hashes, for they come one by one."""
+    values: set[bytes] = set()
+    for name, tensor in stream:
+        if name in (EMBEDDING, HEAD) and tensor is not None and not tensor.is_meta:
+            values.add(hashlib.sha256(numbers(tensor)).digest())
+        if len(values) > 1:
+            raise InputError("the config ties head and embedding but their values differ; set tie_word_embeddings: false")
+        if name != HEAD:
+            yield name, tensor
+        tensor = None  # else it would live until the next one is there
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
-    """One ``model.safetensors``, or numbered shards of at most ``shard_bytes`` (or one tensor) and their index."""
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int, stream: Stream | None = None) -> None:
+    """One ``model.safetensors``, or numbered shards of at most ``shard_bytes`` (or one tensor) and their index.
+
+    Args:
+        stream: the tensors with their values, one in memory at a time; ``tensors`` then needs none (meta device).
+    """
     shards = split(tensors, shard_bytes)
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     names = names if len(shards) > 1 else [SINGLE]
-    for file, shard in zip(names, shards, strict=True):
-        save_file(portable(tensors, shard), folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it the owner's alone
+    files = {folder / file: shard for file, shard in zip(names, shards, strict=True)}
+    save_file(files, tensors, tensors.items() if stream is None else stream)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -242,18 +260,6 @@ def split(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         size += tensor.nbytes
     return shards
-
-
-def portable(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors on the CPU, contiguous, no two in one storage: safetensors refuses that."""
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name in names:
-        tensor = tensors[name].detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return plain
 
 
 def write_configs(folder: Path, config: Mapping[str, Any], tensors: Iterable[Tensor]) -> None:

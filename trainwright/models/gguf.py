@@ -18,6 +18,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from trainwright.models.gguf_header import read_header
+from trainwright.pieces import Piece
 from trainwright.recipe import InputError
 
 TOP = {
@@ -77,10 +78,17 @@ class GGUFWeights:
         """The dtype of the stored numbers; float32 for quantised ones."""
         return PLAIN.get(self._tensors[name].tensor_type, torch.float32)
 
-    def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A new tensor in ``dtype`` (default: as stored), rows in Hugging Face's order, apart from the file."""
+    def load(self, name: str, dtype: torch.dtype | None = None, piece: Piece | None = None) -> Tensor:
+        """A new tensor in ``dtype`` (default: as stored), rows in Hugging Face's order, apart from the file.
+
+        Of a piece, the whole tensor is dequantised and let go: blocks and interleaved rows don't end where pieces do.
+        """
+        out = self._dequantised(name, dtype or self.dtype(name))
+        return piece.of(out).clone() if piece and not piece.whole else out
+
+    def _dequantised(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self._tensors[name]
-        out = torch.empty(self.shape(name), dtype=dtype or self.dtype(name))
+        out = torch.empty(self.shape(name), dtype=dtype)
         data = tensor.data.view(np.ndarray)  # slices of a memmap are slow to make
         flat, data = (out, data) if out.ndim > 1 else (out[None], data[None])
         rows = max(1, CHUNK // flat.shape[-1])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from trainwright.models.contract import Change
+from trainwright.models.contract import Change, seed_of
+from trainwright.pieces import Piece, local
 from trainwright.recipe import Init, InputError
 
 Nonlinearity = Literal["linear", "sigmoid", "tanh", "relu", "leaky_relu", "selu"]
@@ -24,13 +25,24 @@ TYPES: dict[str, tuple[type[nn.Module], ...]] = {
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, section: Init, names: set[str], seed: int) -> Change:
+def initialize(
+    model: nn.Module,
+    section: Init,
+    names: set[str],
+    seed: int,
+    pieces: Mapping[str, Piece] = MappingProxyType({}),
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> Change:
     """Values for exactly the named parameters and buffers, in place, on their device and in their dtype.
 
     A layer without values (NaN, as ``weights.allocate`` leaves it) first gets its own start: its ``reset_parameters``, then the
     model's ``published_start(name, layer)`` where the model has one. A model that has started itself keeps its start, but for
     the scheme. Values depend on the seed and the layer's name alone: not on the other layers, on which names are asked for, on
     device and precision, or on the state of torch's generator, which stays as it was.
+
+    Args:
+        pieces: which box of the whole a parameter is, where it isn't all of it.
+        aliases: the name of the parameter whose values one takes, where it is a copy.
 
     Raises:
         InputError: the section names a type of layer that the model doesn't have.
@@ -41,17 +53,14 @@ def initialize(model: nn.Module, section: Init, names: set[str], seed: int) -> C
     with torch.random.fork_rng(devices=[]):
         for prefix, layer in model.named_modules():
             wanted = [leaf for leaf in _own_tensors(layer) if f"{prefix}.{leaf}".lstrip(".") in names]
-            _fill(model, prefix, layer, wanted, seed)
+            seeded = {aliases.get(f"{prefix}.{leaf}", f"{prefix}.{leaf}").rpartition(".")[0] for leaf in wanted} or {prefix}
+            assert len(seeded) == 1, "a layer isn't the copy of two"
+            _fill(model, prefix, layer, wanted, seed_of(seed, seeded.pop()), pieces)
             if scheme := schemes.get(_type_of(layer)):
-                _apply(prefix, layer, wanted, scheme, section, seed)
-    empty = [name for name in names if state[name].isnan().any()]
+                _apply(prefix, layer, wanted, scheme, section, seed, pieces)
+    empty = [name for name in names if local(state[name]).isnan().any()]
     assert not empty, f"without a start of their own: {empty}"
     return Change("init", _summary(section, schemes, names, seed), tuple(name for name in state if name in names))
-
-
-def seed_of(seed: int, name: str) -> int:
-    """The seed of a layer's own start, or of a parameter's scheme: 63 bits that depend on both."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
 
 
 def _schemes(model: nn.Module, section: Init) -> dict[str, str]:
@@ -75,42 +84,59 @@ def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
     return dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))
 
 
-def _fill(model: nn.Module, prefix: str, layer: nn.Module, wanted: list[str], seed: int) -> None:
+def _fill(model: nn.Module, prefix: str, layer: nn.Module, wanted: list[str], seed: int, pieces: Mapping[str, Piece]) -> None:
     """The layer's own start, for what of ``wanted`` has no values. Counters have no NaN: they always start anew."""
     own = _own_tensors(layer)
-    blank = [leaf for leaf in wanted if not own[leaf].is_floating_point() or own[leaf].isnan().any()]
+    blank = [leaf for leaf in wanted if not own[leaf].is_floating_point() or local(own[leaf]).isnan().any()]
     if not blank or not hasattr(layer, "reset_parameters"):
         return
-    twin: Any = _twin(layer)  # a reset changes all that the layer has, also what was loaded
-    torch.default_generator.manual_seed(seed_of(seed, prefix))
+    twin: Any = _twin(prefix, layer, pieces)  # a reset changes all that the layer has, also what was loaded
+    torch.default_generator.manual_seed(seed)
     twin.reset_parameters()
     published: Callable[[str, nn.Module], None] | None = getattr(model, "published_start", None)
     if published is not None:
         published(prefix, twin)
     drawn = _own_tensors(twin)
     for leaf in blank:
-        own[leaf].copy_(drawn[leaf])
+        local(own[leaf]).copy_(_piece(prefix, leaf, own[leaf], pieces).of(drawn[leaf]))
 
 
-def _twin(layer: nn.Module) -> nn.Module:
-    """A copy to draw in: on the CPU, and in float32 at least, because elsewhere torch draws other numbers (and has no QR)."""
-    half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in _own_tensors(layer).values())
-    return copy.deepcopy(layer).to("cpu", torch.float32 if half else None)
+def _twin(prefix: str, layer: nn.Module, pieces: Mapping[str, Piece]) -> nn.Module:
+    """A whole layer to draw in: on the CPU, in float32 at least: elsewhere torch draws other numbers (and has no QR)."""
+
+    def whole(leaf: str, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        kind = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+        return torch.zeros(_piece(prefix, leaf, tensor, pieces).shape, dtype=kind)
+
+    twin = copy.copy(layer)
+    parameters = {leaf: whole(leaf, p) for leaf, p in layer._parameters.items()}
+    twin._parameters = {leaf: None if p is None else nn.Parameter(p) for leaf, p in parameters.items()}
+    twin._buffers = {leaf: whole(leaf, buffer) for leaf, buffer in layer._buffers.items()}
+    return twin
 
 
-def _apply(prefix: str, layer: nn.Module, wanted: list[str], scheme: str, section: Init, seed: int) -> None:
+def _piece(prefix: str, leaf: str, tensor: Tensor, pieces: Mapping[str, Piece]) -> Piece:
+    return pieces.get(f"{prefix}.{leaf}".lstrip(".")) or Piece.all_of(tuple(tensor.shape))
+
+
+def _apply(
+    prefix: str, layer: nn.Module, wanted: list[str], scheme: str, section: Init, seed: int, pieces: Mapping[str, Piece]
+) -> None:
     """Draw the layer's weight matrices."""
     own = _own_tensors(layer)
     for leaf in wanted:
         if leaf != "weight" and not leaf.startswith(("weight_ih", "weight_hh")):
             continue
-        wide = torch.empty(own[leaf].shape, dtype=torch.promote_types(own[leaf].dtype, torch.float32))
+        piece = _piece(prefix, leaf, own[leaf], pieces)
+        wide = torch.empty(piece.shape, dtype=torch.promote_types(own[leaf].dtype, torch.float32))
         torch.default_generator.manual_seed(seed_of(seed, f"{prefix}.{leaf}".lstrip(".")))
         gates = len(wide) // layer.hidden_size if isinstance(layer, nn.RNNBase | nn.RNNCellBase) else 1
         draw(wide, scheme, section.nonlinearity, gates)
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.padding_idx is not None:
             wide[layer.padding_idx] = 0
-        own[leaf].copy_(wide)
+        local(own[leaf]).copy_(piece.of(wide))
 
 
 def draw(weight: Tensor, scheme: str, nonlinearity: Nonlinearity, gates: int = 1) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from trainwright.models.contract import Stretch, TensorPlan, present
 from trainwright.recipe.base import Fraction, Positive, Section
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -37,12 +38,28 @@ class Mlp(nn.Module):
     def __init__(self, options: MlpOptions, inputs: tuple[int, ...], outputs: int) -> None:
         super().__init__()
         sizes = [math.prod(inputs), *options.hidden]
+        self.options = options
         self.layers = nn.Sequential(*(_layer(options, *pair) for pair in pairwise(sizes)))
         self.head = nn.Linear(sizes[-1], outputs)
 
     def blocks(self) -> list[nn.Module]:
         """The hidden layers, in order."""
-        return list(self.layers)
+        return present(self.layers)
+
+    def parts(self) -> dict[str, int]:
+        """What a pipeline cuts between, as ``contract.Chain`` has it."""
+        return {**{f"layers.{place}": 1 for place in range(len(self.layers))}, "head": 1}
+
+    def tensor_plan(self) -> TensorPlan:
+        """The linear layers in pairs, an odd last one whole; none where a LayerNorm between them needs all features."""
+        hidden = self.options.hidden if self.options.norm != "layer" else []
+        linears = [*(f"layers.{place}.0" for place in range(len(hidden))), "head"]
+        firsts = range(0, len(linears) - 1, 2)
+        between = [tuple(f"layers.{place}.{step}" for step in (1, 2, 3)) for place in firsts]
+        stretches = [
+            Stretch((linears[place],), linears[place + 1], between=steps) for place, steps in zip(firsts, between, strict=True)
+        ]
+        return TensorPlan({f"model.options.hidden[{place}]": hidden[place] for place in firsts}, tuple(stretches))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layers(x.flatten(1)))

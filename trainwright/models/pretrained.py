@@ -10,7 +10,7 @@ from trainwright.models.gguf import GGUFWeights
 from trainwright.models.source import Source, locate
 from trainwright.models.tokenizer import load_tokenizer, locate_tokenizer
 from trainwright.models.torchvision_weights import TorchWeights
-from trainwright.models.weights import LoadReport, Weights, allocate, load_into
+from trainwright.models.weights import LoadReport, Weights, allocate, blank, load_into
 from trainwright.recipe import InputError
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Source",
     "Weights",
     "allocate",
+    "blank",
     "fingerprint",
     "load_into",
     "load_tokenizer",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainwright.pieces import Piece
 from trainwright.recipe import InputError
 
 INNER = ("state_dict", "model")  # where training scripts put the state dict among other things
@@ -38,9 +39,10 @@ class TorchWeights:
         """The stored dtype."""
         return self._tensors[name].dtype
 
-    def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A new tensor in ``dtype`` (default: as stored) that shares nothing with the file."""
-        tensor = self._tensors[name].detach()
+    def load(self, name: str, dtype: torch.dtype | None = None, piece: Piece | None = None) -> Tensor:
+        """A new tensor in ``dtype`` (default: as stored) that shares nothing with the file; of it, only the piece is read."""
+        whole = self._tensors[name].detach()
+        tensor = piece.of(whole) if piece else whole
         return torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from trainwright.models.contract import Stretch, TensorPlan
 from trainwright.recipe import InputError
 from trainwright.recipe.base import Fraction, Section
 
@@ -38,11 +39,13 @@ class Vgg16(nn.Module):
         super().__init__()
         channels, height, width = inputs
         _check_size(options, height, width)
+        self.pixels = height * width
         stages = [list(_stage(before, sizes, norm)) for before, sizes in _plan(channels)]
         self.features = nn.Sequential(*(layer for stage in stages for layer in stage))
         # A plain list: registered, the stages would give each parameter a second name.
         self._stages = [nn.Sequential(*stage) for stage in stages]
         self.avgpool = nn.AdaptiveAvgPool2d(GRID) if options.input == "any" else nn.Identity()
+        self.flatten = nn.Flatten()
         self.classifier = nn.Sequential(
             nn.Linear(STAGES[-1][-1] * GRID * GRID, WIDE),
             nn.ReLU(inplace=True),
@@ -57,10 +60,21 @@ class Vgg16(nn.Module):
         """The five stages of convolutions with their poolings, in order."""
         return list(self._stages)
 
+    def parts(self) -> dict[str, int]:
+        """What a pipeline cuts between, as ``contract.Chain`` has it."""
+        named = {id(module): name for name, module in self.named_modules()}
+        features = {named[id(layer)]: self.pixels >> 2 * place for place, stage in enumerate(self._stages) for layer in stage}
+        return {**features, "avgpool": 1, "flatten": 1, **{f"classifier.{place}": 1 for place in range(len(self.classifier))}}
+
+    def tensor_plan(self) -> TensorPlan:
+        """The first two layers of the classifier, which hold nine parameters in ten; the rest is whole."""
+        pair = Stretch(("classifier.0",), "classifier.3", between=("classifier.1", "classifier.2"))
+        return TensorPlan({"the classifier's width": WIDE}, (pair,))
+
     def forward(self, x: Tensor) -> Tensor:
         for stage in self._stages:
             x = stage(x)
-        return self.classifier(self.avgpool(x).flatten(1))
+        return self.classifier(self.flatten(self.avgpool(x)))
 
     @staticmethod
     def published_start(name: str, layer: nn.Module) -> None:

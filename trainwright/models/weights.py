@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from trainwright.pieces import Piece, local
 from trainwright.recipe import InputError, nearest
 
 DtypeRule = Callable[[str], torch.dtype] | torch.dtype | None
@@ -36,8 +39,8 @@ class Weights(Protocol):
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of the stored numbers, without reading them."""
 
-    def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A new CPU tensor in ``dtype``, by default the stored one."""
+    def load(self, name: str, dtype: torch.dtype | None = None, piece: Piece | None = None) -> Tensor:
+        """A new CPU tensor in ``dtype``, by default the stored one: all of it, or one box."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,35 @@ class LoadReport:
 
 @dataclass
 class Slot:
-    """A parameter or buffer, its names in the model (several if it is tied), and the stored names that mean it."""
+    """A parameter or buffer, its names in the model (several if it is tied), and the stored names that mean it.
+
+    ``known``: what the plain model calls it; ``piece``: which box of the plain model's tensor it is, if not all.
+    """
 
     names: list[str]
     tensor: Tensor
     stored: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+    piece: Piece | None = None
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the plain model."""
+        return self.piece.shape if self.piece else tuple(self.tensor.shape)
+
+    def box(self) -> Piece | None:
+        """What of the plain model's tensor this process holds the values of; None for all."""
+        if not isinstance(self.tensor, DTensor):
+            return self.piece
+        box = self.piece or Piece.all_of(self.shape)
+        [chunk] = self.tensor.__create_chunk_list__()
+        for dim, (first, count) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            box = box.narrow(dim, first, count)
+        return box
 
 
 def load_into(
@@ -90,6 +113,9 @@ def load_into(
     dtype: DtypeRule = None,
     device: torch.device | str = "cpu",
     ignore: Callable[[str], bool] = lambda name: False,
+    pieces: Mapping[str, Piece] = MappingProxyType({}),
+    aliases: Mapping[str, str] = MappingProxyType({}),
+    absent: Callable[[str], bool] = lambda name: False,
 ) -> LoadReport:
     """Give the model's parameters and persistent buffers the stored values, one at a time: memory holds one copy.
 
@@ -98,42 +124,57 @@ def load_into(
     model's own. Names that ``ignore`` accepts are not the file's (an adapter's) and are left alone. With ``overlap``,
     what the file lacks or has in another shape stays as it is, perhaps on the meta device, for the caller to fill.
 
+    A DTensor's own part must be allocated; it is filled in place, in its dtype, and no other part is read.
+
+    Args:
+        pieces: the model's names whose tensors are boxes of the plain model's; the others are whole.
+        aliases: the model's names that the plain model has another one for (a copy of a tied embedding).
+        absent: which of the plain model's names other processes hold; the file's values for them are not for this one.
+
     Raises:
         InputError: ``exact``: any name or shape that doesn't match, all of them named; but BatchNorm's counters may be missing.
             ``overlap``: nothing matches. Both: stored values that contradict the model's tying, or that are quantised.
     """
-    slots = [slot for slot in slots_of(model) if not ignore(slot.name)]
-    report = compare(slots, weights, never_stored(model))
+    slots = [slot for slot in slots_of(model, pieces, aliases) if not ignore(slot.name)]
+    report = compare(slots, weights, never_stored(model), absent)
     check(report, match)
     matched = set(report.matched)
     with single_threaded():
         for slot in slots:
             if slot.name in matched:
-                place(model, slot, read(slot, weights, dtype_of(slot, dtype)).to(device))
+                place(model, slot, read(slot, weights, dtype_of(slot, dtype)), device)
     return report
 
 
-def compare(slots: list[Slot], weights: Weights, notes: list[str]) -> LoadReport:
+def compare(slots: list[Slot], weights: Weights, notes: list[str], absent: Callable[[str], bool]) -> LoadReport:
     """What will come of each name; fills the slots' ``stored``."""
-    unused, more = assign(slots, weights.names(), weights.shown)
+    unused, more = assign(slots, weights.names(), weights.shown, absent)
     matched, new, reshaped = [], [], {}
     for slot in slots:
-        wanted = tuple(slot.tensor.shape)
         if not slot.stored:
             new.append(slot.name)
-        elif (stored := weights.shape(slot.stored[0])) != wanted:
-            reshaped[slot.name] = (stored, wanted)
+        elif (stored := weights.shape(slot.stored[0])) != slot.shape:
+            reshaped[slot.name] = (stored, slot.shape)
         else:
             matched.append(slot.name)
     return LoadReport(weights.shown, tuple(matched), tuple(new), tuple(unused), reshaped, (*more, *notes))
 
 
-def slots_of(model: nn.Module) -> list[Slot]:
+def slots_of(
+    model: nn.Module,
+    pieces: Mapping[str, Piece] = MappingProxyType({}),
+    aliases: Mapping[str, str] = MappingProxyType({}),
+) -> list[Slot]:
     """The model's parameters and persistent buffers in their order, each once."""
     slots: dict[int, Slot] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):  # not a module's extra state
-            slots.setdefault(id(tensor), Slot([], tensor)).names.append(name)
+        if not isinstance(tensor, Tensor):  # a module's extra state
+            continue
+        slot = slots.setdefault(id(tensor), Slot([], tensor))
+        slot.names.append(name)
+        slot.known += [name, aliases[name]] if name in aliases else [name]
+        slot.piece = slot.piece or pieces.get(name)
+        assert slot.piece is None or slot.piece.size == tuple(tensor.shape), f"{name}: {list(tensor.shape)} as {slot.piece}"
     return list(slots.values())
 
 
@@ -144,13 +185,17 @@ def never_stored(model: nn.Module) -> list[str]:
     return [f"never stored, still without values: {name}" for name in names]
 
 
-def assign(slots: Iterable[Slot], stored: Iterable[str], shown: str) -> tuple[list[str], list[str]]:
+def assign(
+    slots: Iterable[Slot], stored: Iterable[str], shown: str, absent: Callable[[str], bool]
+) -> tuple[list[str], list[str]]:
     """Note in each slot the stored names that mean it; returns those that mean none, and what people should know.
+
+    Names of what other processes hold are neither.
 
     Raises:
         InputError: two stored names mean the same one of the model.
     """
-    known = {name: slot for slot in slots for name in slot.names}
+    known = {name: slot for slot in slots for name in slot.known}
     unused: list[str] = []
     notes: list[str] = []
     renamed: list[str] = []
@@ -160,7 +205,7 @@ def assign(slots: Iterable[Slot], stored: Iterable[str], shown: str) -> tuple[li
         if target is None:
             if name.endswith(DERIVED):
                 notes.append(f"left out because it follows from the config: {name}")
-            else:
+            elif not any(absent(candidate) for candidate in meanings(name)):
                 unused.append(name)
             continue
         if target in taken:
@@ -219,13 +264,13 @@ def tied_hint(report: LoadReport) -> str:
 
 
 def dtype_of(slot: Slot, rule: DtypeRule) -> torch.dtype:
-    if rule is None or not slot.tensor.is_floating_point():
+    if rule is None or isinstance(slot.tensor, DTensor) or not slot.tensor.is_floating_point():
         return slot.tensor.dtype
     return rule if isinstance(rule, torch.dtype) else rule(slot.name)
 
 
 def read(slot: Slot, weights: Weights, dtype: torch.dtype) -> Tensor:
-    """The slot's values in ``dtype``.
+    """The slot's values in ``dtype``, those that this process holds.
 
     Raises:
         InputError: integers for a floating-point parameter (quantised without saying so), or tied names that differ.
@@ -234,16 +279,27 @@ def read(slot: Slot, weights: Weights, dtype: torch.dtype) -> Tensor:
     stored, wanted = weights.dtype(first), slot.tensor.dtype
     if stored.is_floating_point != wanted.is_floating_point:
         raise InputError(f"{weights.shown}: {first} is stored as {stored}, the model has {wanted}; take unquantised weights")
+    box = slot.box()
     for other in others:
-        if not torch.equal(weights.load(first), weights.load(other)):
+        if not torch.equal(load(weights, first, box), load(weights, other, box)):
             raise InputError(
                 f"{weights.shown}: {first} and {other} differ, but the model ties them; set tie_word_embeddings: false"
             )
-    return weights.load(first, dtype)
+    return load(weights, first, box, dtype)
 
 
-def place(model: nn.Module, slot: Slot, value: Tensor) -> None:
-    """Put one tensor under all of the slot's names."""
+def load(weights: Weights, name: str, box: Piece | None, dtype: torch.dtype | None = None) -> Tensor:
+    """One box of a stored tensor; weights that nobody divides needn't know of boxes."""
+    return weights.load(name, dtype) if box is None else weights.load(name, dtype, box)
+
+
+def place(model: nn.Module, slot: Slot, value: Tensor, device: torch.device | str) -> None:
+    """Put one tensor under all of the slot's names; of a DTensor, whose wrapper knows it, change the numbers only."""
+    if isinstance(slot.tensor, DTensor):
+        assert not slot.tensor.is_meta, f"{slot.name}: its part has no memory yet"
+        local(slot.tensor).copy_(value)
+        return
+    value = value.to(device)
     if isinstance(slot.tensor, nn.Parameter):
         value = nn.Parameter(value, requires_grad=slot.tensor.requires_grad)
     for name in slot.names:  # the same object under each: what was tied stays tied
@@ -251,15 +307,21 @@ def place(model: nn.Module, slot: Slot, value: Tensor) -> None:
         setattr(model.get_submodule(owner), leaf, value)
 
 
+def blank(model: nn.Module) -> set[str]:
+    """The parameters and persistent buffers that have no values yet, being on the meta device; of tied names the first."""
+    return {slot.name for slot in slots_of(model) if slot.tensor.is_meta}
+
+
 def allocate(model: nn.Module, device: torch.device | str) -> set[str]:
     """Memory for the parameters and persistent buffers still on the meta device; their names, of tied ones the first.
 
+    DTensors are left alone: only what made them (``fully_shard``) knows how their parts lie in memory.
     Floating-point ones are NaN until the caller gives them values: what is forgotten must not look like a weight.
     """
-    unmade = [slot for slot in slots_of(model) if slot.tensor.is_meta]
+    unmade = [slot for slot in slots_of(model) if slot.tensor.is_meta and not isinstance(slot.tensor, DTensor)]
     for slot in unmade:
         filler = torch.nan if slot.tensor.is_floating_point() else 0
-        place(model, slot, torch.full(slot.tensor.shape, filler, dtype=slot.tensor.dtype, device=device))
+        place(model, slot, torch.full(slot.tensor.shape, filler, dtype=slot.tensor.dtype, device=device), device)
     return {slot.name for slot in unmade}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,17 @@ def largest_(tensor: Tensor, axis: Axis) -> Tensor:
     if axis.group is not None:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=axis.group)
     return tensor
+
+
+@contextmanager
+def in_turn(device: torch.device) -> Iterator[None]:
+    """The first process of the job, then all others: what one leaves on the disk, the others find."""
+    waits = dist.is_initialized() and dist.get_world_size() > 1
+    if waits and dist.get_rank() > 0:
+        dist.all_reduce(torch.zeros(1, device=device))
+    yield
+    if waits and dist.get_rank() == 0:
+        dist.all_reduce(torch.zeros(1, device=device))
 
 
 def gather_json(value: Any, device: torch.device) -> list[Any]:

@@ -1,0 +1,141 @@
+"""How a process takes part in the steps of a run: alone or sharing data, in a pipeline, or by DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainwright import optim, spread, state
+from trainwright.built import Built, Part
+from trainwright.loop import Batch, Extra, Stored, accumulate, count_all
+from trainwright.parallel import collectives, pipeline_run
+from trainwright.parallel.mesh import Mesh
+from trainwright.pieces import Held
+from trainwright.recipe import Recipe
+from trainwright.state import Places
+
+Measure = Callable[[Iterable[Batch], Callable[[int], None]], dict[str, float]]
+Pairs = Iterable[tuple[Batch, Tensor]]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What ``loop.Run`` asks for; the fields have its names. ``weights`` gives what a saved model is made from."""
+
+    optimizer: torch.optim.Optimizer
+    forward_backward: Callable[[Sequence[Batch]], Tensor]
+    clip: Callable[[], Tensor]
+    measure: Measure
+    gradients: Callable[[], dict[str, Held]]
+    remember: Callable[[], dict[str, Held]]
+    recall: Callable[[Stored, bool], None]
+    weights: Callable[[], dict[str, Held]]
+
+
+def sharing_data(recipe: Recipe, built: Built, part: Part, places: Places, extra: Extra | None) -> Steps:
+    """One process, or several that share the data and perhaps each product."""
+    sharing, mesh = places.sharing, places.mesh
+    total = spread.summing(mesh.data, built.device)
+
+    def objective(batch: Batch) -> Tensor:
+        return part.sums(part.forward(built.model, batch, None), batch)
+
+    def forward_backward(batches: Sequence[Batch]) -> Tensor:
+        loss = accumulate(objective, part.count, batches, total=total, portion=sharing.portion)
+        spread.complete(places, built.division)
+        return loss
+
+    def measure(batches: Iterable[Batch], progress: Callable[[int], None]) -> dict[str, float]:
+        try:
+            return part.measure(((batch, part.forward(built.model, batch, None)) for batch in batches), progress)
+        finally:
+            sharing.rest()
+
+    return _stepping(recipe, built, places, extra, forward_backward, measure)
+
+
+def pipelined(recipe: Recipe, built: Built, part: Part, places: Places, extra: Extra | None) -> Steps:
+    """A process with some of the layers."""
+    sharing, mesh, division = places.sharing, places.mesh, built.division
+    assert division.split is not None
+    total = spread.summing(mesh.data, built.device)
+    pipe = pipeline_run.make(
+        division.split, built.model, mesh.pipeline, part.forward, part.sums, part.shape, built.device, _several(places)
+    )
+
+    def forward_backward(batches: Sequence[Batch]) -> Tensor:
+        loss = pipe.forward_backward(batches, count_all(part.count, batches, total))
+        spread.complete(places, division)
+        return total(loss)
+
+    def measure(batches: Iterable[Batch], progress: Callable[[int], None]) -> dict[str, float]:
+        assert division.split is not None
+        pairs = pipe.outputs(batches)
+        found = part.measure(pairs, progress) if division.split.last else _drained(pairs)
+        sharing.rest()
+        return collectives.send_json(found, _last_stage(mesh), built.device)
+
+    return _stepping(recipe, built, places, extra, forward_backward, measure)
+
+
+def _several(places: Places) -> Callable[[bool], Any]:
+    """A pipeline has the backwards of all micro-batches in one portion, so none is known to be the last."""
+    return lambda last: places.sharing.portion(False)
+
+
+def _drained(pairs: Pairs) -> dict[str, float]:
+    for _ in pairs:
+        pass
+    return {}
+
+
+def _last_stage(mesh: Mesh) -> int:
+    """The first process with the last layers."""
+    return (mesh.pipeline.size - 1) * mesh.data.size * mesh.tensor.size
+
+
+def _stepping(
+    recipe: Recipe,
+    built: Built,
+    places: Places,
+    extra: Extra | None,
+    forward_backward: Callable[[Sequence[Batch]], Tensor],
+    measure: Measure,
+) -> Steps:
+    """What torch's own optimizer does with the gradients."""
+    sharing, model = places.sharing, built.model
+    groups = optim.parameter_groups(sharing.named, recipe.optimizer, built.division.plain, places.copies)
+    optimizer = optim.make_optimizer(groups, recipe.optimizer)
+    if places.mesh.data.size > 1:
+        optimizer.register_step_post_hook(lambda *_: sharing.updated())
+    trained = [p for _, p in sharing.named]
+    largest = recipe.training.clip_norm
+    alone = places.mesh.size == 1
+
+    def remember() -> dict[str, Held]:
+        return {
+            **state.learned(model, places),
+            **state.optimizer_states(model, optimizer, places),
+            **state.extras(extra, model, places),
+        }
+
+    def recall(stored: Stored, everything: bool) -> None:
+        state.restore_weights(stored, model, places, extra)
+        if everything:
+            state.restore_optimizer(stored, model, optimizer, places)
+
+    return Steps(
+        optimizer=optimizer,
+        forward_backward=forward_backward,
+        clip=partial(optim.clip_, trained, largest) if alone else partial(spread.clip, places, largest),
+        measure=measure,
+        gradients=lambda: state.gradients(model, places),
+        remember=remember,
+        recall=recall,
+        weights=lambda: state.weights(model, places),
+    )
