@@ -60,13 +60,13 @@ def _fault(arguments: list[str]) -> str | None:
 
 
 def work(steps: int, folder: Path, fault: str | None) -> float:
+    launch.log_to(folder)
     again = launch.restarted(folder)
     stop: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
     file = folder / "state.json"
     assert again == file.exists(), "a job goes on if, and only if, it was started again"
     state = json.loads(file.read_text()) if file.exists() else {"step": 0, "total": 0.0}
-    launch.log_to(folder)
     about = f"{os.environ['OMP_NUM_THREADS']} threads, restarted: {again}"
     print(f"rank {launch.rank()} says out, from step {state['step']}, {about}")
     print(f"rank {launch.rank()} says err", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -761,6 +762,22 @@ def test_a_disk_that_is_full_for_one_stops_all(tmp_path: Path, full: int) -> Non
     assert steps(tmp_path) == [1, 2]
 
 
+def test_the_folder_stays_while_others_write_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[bool] = []
+
+    def save_file(tensors: dict[str, Tensor], path: Path) -> None:
+        if "00001-of" in path.name:
+            raise ENOSPC
+        time.sleep(0.2)
+        there.append(path.parent.is_dir())
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(checkpoint.writing, "save_file", save_file)
+    assert all("No space left" in str(error) for error in together(tmp_path, 1, halves(1.0)))
+    assert there == [True]
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
 def test_a_mistake_of_one_stops_all(tmp_path: Path) -> None:
     save(tmp_path, 1)
     parts = [{"a": Held(torch.ones(1), Piece.all_of((1,)))}, {"z": Held(torch.ones(1).cdouble(), Piece.all_of((1,)))}]
@@ -1018,5 +1035,5 @@ def a_member_before_each_system_call(run, size):
 def test_a_killed_member_leaves_the_older_checkpoint_the_newest(tmp_path: Path, size: int) -> None:
     code = NURSERY.replace("torch.set_num_threads(1)", TEAMS + "\ntorch.set_num_threads(1)")
     command = [sys.executable, "-c", code, "a_member_before_each_system_call", str(tmp_path), str(size)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -16,7 +16,7 @@ PARTS = {"models", "data", "losses", "metrics", "optim", "schedules", "ema", "st
 HELPERS = {"pieces", "checkpoint", "tracking", "flops", "machine", "sampling", "saving"}
 KINDS = {"language", "supervised"}  # of data: what each adds to a program
 BELOW_KINDS = {"recipe", "loop", "built", "predictor", "report", *PARTS, *TECHNIQUES, *HELPERS}
-BELOW_BUILD = {*BELOW_KINDS, *KINDS, "runfolder", "state", "spread", "steps"}
+BELOW_BUILD = {*BELOW_KINDS, *KINDS, "runfolder", "state", "spread", "steps", "steps_deepspeed"}
 BELOW_VERBS = {*BELOW_BUILD, "build", "console"}
 VERBS = {"fit", "generate", "inspect", "export", "predict", "find_lr", "plot_schedule"}
 # A module, or all modules of a folder -> what of ours it may import (a module, or all of a folder).
@@ -29,8 +29,11 @@ ALLOWED: dict[str, set[str]] = {
     **{name: {"recipe"} for name in ("optim", "schedules", "stopping")},
     **{name: {"recipe"} for name in ("tracking", "flops", "machine")},
     "checkpoint": {"recipe", "pieces", "checkpoint"},
-    "launch": {"recipe"},
+    "launch": {"recipe", "launch_ranks"},
     "launch_script": {"recipe", "launch"},
+    "launch_start": {"recipe", "launch", "launch_agent", "launch_ranks"},
+    "launch_agent": {"recipe", "launch", "launch_ranks"},
+    "launch_ranks": {"recipe"},
     "importing": {"recipe", "importing"},
     **{name: {"recipe", "models.contract", "pieces", name} for name in TECHNIQUES},
     "parallel": {"recipe", "models.contract", "pieces", "parallel"},
@@ -42,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "built": {"recipe", "loop", "memory.precision", "models", "parallel", "pieces"},
     "state": {"loop", "parallel", "pieces"},
     "spread": {"recipe", "models.contract", "parallel", "built", "state"},
+    "steps_deepspeed": {"recipe", "optim", "loop", "parallel", "pieces", "built", "spread", "state", "steps"},
     "steps": {"recipe", "optim", "loop", "parallel", "pieces", "built", "spread", "state"},
     "predictor": {"recipe", "data.examples"},
     **dict.fromkeys(KINDS, BELOW_KINDS),
@@ -49,8 +53,8 @@ ALLOWED: dict[str, set[str]] = {
     "runfolder": {"recipe", "loop", "checkpoint", "tracking", "saving"},
     "build": BELOW_BUILD,
     **dict.fromkeys(VERBS, BELOW_VERBS),
-    "cli": {"recipe", "sampling", *VERBS},
-    "__main__": {"recipe", "cli"},
+    "cli": {"recipe", "sampling", "build", "launch", "launch_start", "launch_script", "importing", *VERBS},
+    "__main__": {"recipe", "cli", "launch"},
 }
 HEAVY = {"torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers", "tensorboard"}
 LIGHT = [file for file in FILES if file.parts[0] == "recipe" or file.stem in ("cli", "__main__")]

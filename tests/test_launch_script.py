@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
+import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,10 +19,11 @@ from hypothesis import strategies as st
 from trainwright import launch_script
 from trainwright.recipe import InputError
 
-KINDS: tuple[Literal["slurm", "torchrun"], ...] = ("slurm", "torchrun")
+SLURM = pytest.mark.parametrize("slurm", [True, False], ids=["slurm", "torchrun"])
 # Each stand-in writes its arguments, one a line, into a file beside it.
 STAND_INS = {
-    "torchrun": '[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ] || exit 9; printf "%s\\n" "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS" > "$OUT/torchrun"\n'
+    "torchrun": '[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ] || exit 9\n'
+    'printf "%s\\n" "$@" "OMP_NUM_THREADS=$OMP_NUM_THREADS" > "$OUT/torchrun"\n'
     'trap "exit 130" INT; if [ -n "${SLEEP:-}" ]; then touch "$OUT/started"; while :; do sleep 0.05; done; fi',
     "srun": 'echo $$ > "$OUT/srun.pid"; printf "%s\\n" "$1" > "$OUT/srun"; shift; exec "$@"',
     "scontrol": 'printf "%s\\n" "$*" >> "$OUT/scontrol"; if [ "$1" = show ]; then printf "node7\\nnode9\\n"; fi',
@@ -29,7 +32,7 @@ STAND_INS = {
 
 
 def written(recipe: str = "recipes/docstrings.yaml", overrides: tuple[str, ...] = (), **options: Any) -> str:
-    return launch_script.script(Path(recipe), overrides, **{"kind": "slurm", "folder": Path("runs/docs"), **options})
+    return launch_script.script(Path(recipe), overrides, **{"slurm": True, "folder": Path("runs/docs"), **options})
 
 
 def start(text: str, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
@@ -102,9 +105,6 @@ def test_slurm_starts_one_torchrun_a_machine_that_meet_at_the_first(tmp_path: Pa
 
 
 def test_slurm_puts_a_job_whose_time_is_up_back_into_the_queue(tmp_path: Path) -> None:
-    import signal
-    import time
-
     process = start(written(), tmp_path, SLEEP="1")
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
@@ -116,7 +116,7 @@ def test_slurm_puts_a_job_whose_time_is_up_back_into_the_queue(tmp_path: Path) -
 
 
 def test_torchrun_lines_are_the_same_on_each_machine(tmp_path: Path) -> None:
-    text = written(kind="torchrun", nodes=3, nproc=2, max_restarts=0)
+    text = written(slurm=False, nodes=3, nproc=2, max_restarts=0)
     given_ = calls(text, tmp_path, "10.0.0.1", OMP_NUM_THREADS="5")
     assert given_[:6] == [
         "--nnodes=3",
@@ -131,46 +131,46 @@ def test_torchrun_lines_are_the_same_on_each_machine(tmp_path: Path) -> None:
 
 
 def test_the_first_machine_must_be_named_where_there_are_several(tmp_path: Path) -> None:
-    assert start(written(kind="torchrun", nodes=2), tmp_path).wait(30) != 0
+    assert start(written(slurm=False, nodes=2), tmp_path).wait(30) != 0
     assert not (tmp_path / "torchrun").exists()
 
 
 def test_one_machine_needs_no_name(tmp_path: Path) -> None:
-    assert "--rdzv-endpoint=localhost:31000" in calls(written(kind="torchrun"), tmp_path, "", "31000")
+    assert "--rdzv-endpoint=localhost:31000" in calls(written(slurm=False), tmp_path, "", "31000")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@SLURM
 @pytest.mark.parametrize("name", ["run", "a run [1] $HOME's"])
-def test_it_resumes_where_there_is_a_checkpoint(kind: Literal["slurm", "torchrun"], name: str, tmp_path: Path) -> None:
-    text = written(kind=kind, folder=tmp_path / name)
+def test_it_resumes_where_there_is_a_checkpoint(slurm: bool, name: str, tmp_path: Path) -> None:
+    text = written(slurm=slurm, folder=tmp_path / name)
     assert "--resume" not in calls(text, tmp_path)
     (tmp_path / name / "checkpoints" / "step-00000100").mkdir(parents=True)
     shutil.rmtree(tmp_path / "bin")
     assert calls(text, tmp_path)[-2:-1] == ["--resume"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@SLURM
 @given(
     recipe=st.text(st.characters(codec="utf-8", exclude_characters="\0/\n\r", exclude_categories=["Cs"]), min_size=1),
     override=st.text(st.characters(codec="utf-8", exclude_characters="\0\n\r", exclude_categories=["Cs"])),
 )
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_name_and_value_is_quoted(
-    kind: Literal["slurm", "torchrun"], recipe: str, override: str, tmp_path_factory: pytest.TempPathFactory
+    slurm: bool, recipe: str, override: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("quoted")
-    text = written(f"x/{recipe}", (f"data.source={override}", "$(touch gone)"), kind=kind)
+    text = written(f"x/{recipe}", (f"data.source={override}", "$(touch gone)"), slurm=slurm)
     (folder / "script").write_text(text)
     assert subprocess.run(["bash", "-n", "script"], cwd=folder).returncode == 0
     given_ = calls(text, folder)
     assert given_[-4:-1] == [str(Path(f"x/{recipe}")), f"data.source={override}", "$(touch gone)"]
     assert not (folder / "gone").exists()
-    assert kind == "torchrun" or header(text)["nodes"] == "1"
+    assert not slurm or header(text)["nodes"] == "1"
 
 
-@pytest.mark.parametrize("time", ["5", "12:30", "12:00:00", "2-00", "1-12:30:00"])
-def test_times_of_sbatch(time: str) -> None:
-    assert header(written(time=time))["time"] == time
+@pytest.mark.parametrize("asked", ["5", "12:30", "12:00:00", "2-00", "1-12:30:00"])
+def test_times_of_sbatch(asked: str) -> None:
+    assert header(written(time=asked))["time"] == asked
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_times_of_sbatch(time: str) -> None:
         ({"nproc": -2}, "--nproc -2: at least 1"),
         ({"time": "soon"}, "--time soon is none: give minutes"),
         ({"time": "1\n#SBATCH --uid=0"}, "is none"),
-        ({"kind": "torchrun", "time": "5"}, "--time is for --slurm"),
+        ({"slurm": False, "time": "5"}, "--time is for --slurm"),
     ],
 )
 def test_wrong_input(options: dict[str, Any], says: str) -> None:

@@ -71,7 +71,7 @@ def _do(job: Job) -> int:
     else:
         job.show(result)
     sys.stdout.flush()
-    return DONE
+    return job.code(result)
 
 
 def _explain(error: Exception, as_json: bool) -> int:

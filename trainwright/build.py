@@ -24,7 +24,7 @@ from trainwright.adapt import full, lora, norms
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built, Part, Shape
 from trainwright.data import text
-from trainwright.loop import Run
+from trainwright.loop import Extra, Run
 from trainwright.memory import layout, precision
 from trainwright.models import catalogue, decoder, init, pretrained, user
 from trainwright.models.contract import Change
@@ -34,6 +34,7 @@ from trainwright.pieces import local
 from trainwright.predictor import Predictor
 from trainwright.recipe import Init, InputError, Lora, Partial, Recipe, TextData, nearest
 from trainwright.state import Places
+from trainwright.steps import Steps
 
 Progress = Callable[[str, int], None]
 
@@ -88,8 +89,7 @@ def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
     per_epoch = part.batches.steps_per_epoch
     count = recipe.training.steps or max(1, round((recipe.training.epochs or 1) * per_epoch))
     average = ema.Average(built.model, recipe.training.ema) if recipe.training.ema else None
-    kind = steps.pipelined if built.division.split else steps.sharing_data
-    taken = kind(recipe, built, part, places, average)
+    taken = _way(recipe, built)(recipe, built, part, places, average)
     if average:
         taken.optimizer.register_step_post_hook(average.update)
     where, alone = built.mesh, built.mesh.size == 1
@@ -114,7 +114,7 @@ def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
         remember=taken.remember,
         recall=taken.recall,
         compute_dtype=built.compute_dtype,
-        samples=part.samples if built.division.split is None else None,
+        samples=part.samples if built.division.split is None and recipe.parallel.engine == "torch" else None,
         pictures=part.pictures,
         unit=part.unit,
         fingerprint=part.fingerprint,
@@ -127,6 +127,15 @@ def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
         together=spread.adding(where.data, built.device),
         stream=where.pipeline.index * where.data.size + where.data.index,
     )
+
+
+def _way(recipe: Recipe, built: Built) -> Callable[[Recipe, Built, Part, Places, Extra | None], Steps]:
+    """How the processes take their steps."""
+    if recipe.parallel.engine == "deepspeed":
+        from trainwright.steps_deepspeed import by_deepspeed  # NOTE: here, because it is an extra
+
+        return by_deepspeed
+    return steps.pipelined if built.division.split else steps.sharing_data
 
 
 def _check_chosen(recipe: Recipe, part: Part) -> None:
@@ -260,14 +269,15 @@ def fill(built: Built, recipe: Recipe) -> Places:
     """Values for what this process has of the model, then what needs them to be there."""
     model, device = built.model, built.device
     blank = pretrained.blank(model)
-    early = spread.share(model, recipe, built.mesh, device) if recipe.parallel.zero == 3 else None
+    ours = recipe.parallel.engine == "torch"
+    early = spread.share(model, recipe, built.mesh, device) if recipe.parallel.zero == 3 and ours else None
     _mark(model, blank)
     places = Places(built.mesh, early or sharing.alone(model), built.division.pieces, built.division.copies)
     materialise(built, recipe, blank, places)
     built.changes.append(layout.apply(model))
     built.changes.extend(spread.join_statistics(model, built.mesh))
     built.changes.append(compile_blocks(built, recipe))
-    shared = early or spread.share(model, recipe, built.mesh, device)
+    shared = early or (spread.share(model, recipe, built.mesh, device) if ours else sharing.alone(model))
     built.changes.extend(spread.described(recipe, built.mesh))
     return dataclasses.replace(places, sharing=shared)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,6 +31,7 @@ class Job:
     work: Callable[[], Result | int]
     as_json: bool
     show: Callable[[Result], None] = lambda result: None
+    code: Callable[[Result], int] = lambda result: 0
 
 
 app = typer.Typer(
@@ -83,13 +84,16 @@ def train(
     def work() -> Result | int:
         settings = _load(recipe, overrides)
         from trainwright import launch
+        from trainwright.recipe import InputError
 
         if launch.joined():
             return _train_joined(settings, resume)
         if nproc is not None:
-            return launch.run(sys.argv[1:], nproc, max_restarts=max_restarts, folder=Path(settings.run.folder or "runs/run"))
+            from trainwright import launch_start
+
+            return launch_start.run(sys.argv[1:], nproc, max_restarts=max_restarts, folder=_folder_of(settings))
         if max_restarts:
-            raise typer.BadParameter("--max-restarts needs --nproc: one process alone is started again by hand, with --resume")
+            raise InputError("--max-restarts needs --nproc; one process alone is started again with --resume")
         from trainwright import fit
 
         return fit.train(settings, resume=resume)
@@ -102,9 +106,10 @@ def _train_joined(settings: Recipe, resume: bool) -> Result | int:
     from trainwright import build, fit, launch
 
     device = build.choose_device(settings.run.device)
+    folder = _folder_of(settings)
     with launch.processes(device):
-        launch.log_to(Path(settings.run.folder or "runs/run"))
-        result = fit.train(settings, resume=resume or launch.restarts() > 0, rank=launch.rank())
+        launch.log_to(folder)
+        result = fit.train(settings, resume=resume or launch.restarted(folder), rank=launch.rank())
     return result if launch.rank() == 0 else 0
 
 
@@ -116,17 +121,32 @@ def launch_script(
     torchrun: Annotated[bool, typer.Option("--torchrun", help="the command for each machine")] = False,
     nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
     nproc: Annotated[int, typer.Option(min=1, help="processes on each machine, one for each GPU")] = 1,
+    time: Annotated[str | None, typer.Option(help="with --slurm: the limit, such as 12:00:00 or 2-00")] = None,
+    gpus: Annotated[bool, typer.Option("--gpus", help="with --slurm: ask for a GPU for each process")] = False,
+    max_restarts: Annotated[int, typer.Option(min=0, help="how often to go on after a failure")] = 3,
     as_json: AsJson = False,
 ) -> Job:
     """Print a script that trains on several machines."""
 
     def work() -> Result:
-        _load(recipe, overrides)
+        settings = _load(recipe, overrides)
         from trainwright import launch_script as scripts
+        from trainwright.recipe import InputError
 
         if slurm == torchrun:
-            raise typer.BadParameter("give --slurm or --torchrun, one of them")
-        return {"script": scripts.script(recipe, overrides or [], slurm=slurm, nodes=nodes, nproc=nproc)}
+            raise InputError("give --slurm or --torchrun, one of them")
+        text = scripts.script(
+            recipe,
+            overrides or [],
+            slurm=slurm,
+            folder=_folder_of(settings),
+            nodes=nodes,
+            nproc=nproc,
+            time=time,
+            gpus=gpus,
+            max_restarts=max_restarts,
+        )
+        return {"script": text}
 
     return Job(work, as_json, lambda result: print(result["script"], end=""))
 
@@ -134,23 +154,33 @@ def launch_script(
 @app.command("import")
 def import_files(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="deepspeed.json, accelerate's YAML, Hugging Face's TrainingArguments")
+        list[Path],
+        typer.Argument(metavar="FILE...", help="deepspeed.json, accelerate's YAML, Hugging Face's TrainingArguments"),
     ],
-    model: Annotated[str | None, typer.Option(help="model.pretrained of the recipe: a hub name, a folder, smollm2-135m")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="model.pretrained of the recipe: a hub name, a folder, smollm2-135m")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="data.source of the recipe")] = None,
     as_json: AsJson = False,
 ) -> Job:
-    """Turn other tools' configurations into a recipe, with every setting that would mislead pointed out."""
+    """Turn other tools' configurations into a recipe, with every setting that would mislead pointed out.
+
+    Ends with 2 where the files contradict each other; the recipe is printed all the same.
+    """
 
     def work() -> Result:
-        from trainwright import importing
+        from trainwright.importing import read, render
 
-        found = importing.read(files, model=model, data=data)
-        for finding in found.findings:
-            print(finding.render(), file=sys.stderr)
-        return {"recipe": found.recipe, "nproc": found.nproc, "yaml": importing.render(found)}
+        found = read.read(files, model=model, data=data)
+        told = [finding for finding in found.findings if finding.level != "note"]
+        for finding in told:
+            print(finding, file=sys.stderr)
+        return {**asdict(found), "yaml": render.render(found)}
 
-    return Job(work, as_json, lambda result: print(result["yaml"], end=""))
+    def code(result: Result) -> int:
+        return 2 if any(finding["level"] == "error" for finding in result["findings"]) else 0
+
+    return Job(work, as_json, lambda result: print(result["yaml"], end=""), code)
 
 
 @app.command()
@@ -341,6 +371,11 @@ def schema(as_json: AsJson = False) -> Job:
         return recipe_file.schema()
 
     return Job(work, as_json=True)
+
+
+def _folder_of(settings: Recipe) -> Path:
+    """Where the run of a recipe lies."""
+    return Path(settings.run.folder or "runs/run")
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Recipe:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainwright import build
 from trainwright.loop import Run, seed
@@ -120,6 +121,7 @@ def _kept(run: Run) -> Iterator[None]:
     learning = [p for p in run.model.parameters() if p.requires_grad]
     tensors = [t.detach() for t in (*learning, *run.model.buffers())]
     values = [t.clone() for t in tensors]
+    assert isinstance(run.optimizer, torch.optim.Optimizer)  # one process alone has torch's own
     optimizer = copy.deepcopy(run.optimizer.state_dict())
     extra = {name: t.clone() for name, t in run.extra.state().items()} if run.extra else {}
     training = run.model.training

@@ -25,7 +25,7 @@ from trainwright.recipe import InputError, RunError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["alive", "disagreement", "joined", "log_to", "processes", "rank", "restarted", "run", "tell"]
+__all__ = ["alive", "disagreement", "joined", "log_to", "processes", "rank", "restarted", "restarts", "run", "tell"]
 
 _JOINED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LINGER = 3.0  # seconds that a rank which lost another waits, so that the other one's failure is seen first
@@ -42,6 +42,14 @@ def rank() -> int:
     return _number("RANK") if joined() else 0
 
 
+def restarts() -> int:
+    """How often this process's launcher has started it again; see ``restarted`` for jobs on several machines."""
+    return _number("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+_known: bool | None = None  # whether there was a mark before we left ours
+
+
 def restarted(folder: Path) -> bool:
     """Whether this job was started again after a failure, so that it must go on from the newest checkpoint of ``folder``.
 
@@ -54,7 +62,7 @@ def restarted(folder: Path) -> bool:
     import torch
     import torch.distributed as dist
 
-    again = _number("TORCHELASTIC_RESTART_COUNT", "0") > 0 or _mark(folder / RANKS).exists()
+    again = restarts() > 0 or (_mark(folder / RANKS).exists() if _known is None else _known)
     votes = torch.tensor([int(again)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes.item())
@@ -132,11 +140,13 @@ def _join(backend: str, limit: timedelta) -> None:
     if the environment has TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/launching.md).
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
-    store, number, size = next(dist.rendezvous("env://", timeout=limit))
+    store, number, size = next(rendezvous("env://", timeout=limit))
     store.set_timeout(limit)
-    attempt = _number("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else 0
-    store = dist.PrefixStore(f"attempt-{attempt}", store)
+    attempt = restarts() if os.environ.get("GROUP_WORLD_SIZE") == "1" else 0
+    store = PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
 
 
@@ -185,9 +195,10 @@ def tell(code: int, message: str) -> bool:
     if not joined():
         return False
     _write(Failure(code, message))
+    first = os.environ["RANK"] == "0"
     if os.environ.get(LAUNCHER):
-        return rank() == 0  # the others speak to their logs only
-    return rank() > 0 and bool(os.environ.get("TORCHELASTIC_ERROR_FILE"))
+        return first  # the others speak to their logs only
+    return not first and bool(os.environ.get("TORCHELASTIC_ERROR_FILE"))
 
 
 _beat: int | None = None
@@ -210,12 +221,15 @@ def log_to(folder: Path) -> None:
     For jobs that torchrun or accelerate started; our own launcher has seen to it already. The folder must be shared by
     the machines, as the run's folder is anyway.
     """
+    global _known
     if not joined() or os.environ.get(LAUNCHER):
         return
     place = folder / RANKS
     place.mkdir(parents=True, exist_ok=True)
     os.environ[PLACE] = str(place.absolute())
-    _mark(place).touch()
+    mark = _mark(place)
+    _known = mark.exists()
+    mark.touch()
     if rank() > 0:
         sys.stdout.flush(), sys.stderr.flush()
         log = os.open(ranks.log_of(place, rank()), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

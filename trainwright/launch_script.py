@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from trainwright.recipe import InputError
 
@@ -72,7 +71,7 @@ def script(
     recipe: Path,
     overrides: Sequence[str],
     *,
-    kind: Literal["slurm", "torchrun"],
+    slurm: bool,
     folder: Path,
     nodes: int = 1,
     nproc: int = 1,
@@ -86,6 +85,7 @@ def script(
     and under Slurm once more whenever the job's time is up.
 
     Args:
+        slurm: a batch script for sbatch; else the torchrun command, the same for each machine.
         folder: of the run, as the recipe says.
         time: for Slurm, such as 30 (minutes), 12:00:00 or 2-00; None leaves it to the cluster.
         gpus: ask Slurm for one for each process.
@@ -95,12 +95,12 @@ def script(
     """
     if nodes < 1 or nproc < 1 or max_restarts < 0:
         raise InputError(f"--nodes {nodes} --nproc {nproc}: at least 1 machine with 1 process, please")
-    if time is not None and kind != "slurm":
+    if time is not None and not slurm:
         raise InputError("--time is for --slurm: nobody limits what torchrun starts")
     if time is not None and not _TIME.fullmatch(time):
         raise InputError(f"--time {time} is none: give minutes (30), hours (12:00:00) or days and hours (2-00)")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", recipe.stem).strip("-.") or "run"
-    template = _SLURM if kind == "slurm" else _TORCHRUN
+    template = _SLURM if slurm else _TORCHRUN
     return template.format(
         name=name,
         nodes=nodes,
@@ -108,7 +108,7 @@ def script(
         stop=_STOP,
         default="-localhost" if nodes == 1 else "?give the name or address of the first machine",
         resources=_resources(nproc, time, gpus),
-        common=_COMMON.format(run=shlex.quote(str(folder)), threads=_threads(kind, nproc)),
+        common=_COMMON.format(run=shlex.quote(str(folder)), threads=_threads(slurm, nproc)),
         command=_command(recipe, overrides, nodes, nproc, max_restarts),
     )
 
@@ -120,8 +120,8 @@ def _resources(nproc: int, time: str | None, gpus: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _threads(kind: str, nproc: int) -> str:
-    cores = '"${SLURM_CPUS_ON_NODE:-$(nproc)}"' if kind == "slurm" else '"$(nproc)"'
+def _threads(slurm: bool, nproc: int) -> str:
+    cores = '"${SLURM_CPUS_ON_NODE:-$(nproc)}"' if slurm else '"$(nproc)"'
     return f"cores={cores}\nexport OMP_NUM_THREADS=${{OMP_NUM_THREADS:-$((cores / {nproc} > 0 ? cores / {nproc} : 1))}}"
 
 

@@ -33,6 +33,23 @@ class Batch(Protocol):
         """How many units of work it holds (tokens without padding, or samples)."""
 
 
+class Updates(Protocol):
+    """What the loop needs of an optimizer, such as torch's."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """With ``lr``, which the loop sets, and ``peak``, the rate that the schedule multiplies."""
+
+    def step(self) -> Any:
+        """Update what learns."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> Any:
+        """Have something called after each step."""
+
+
 class Stored(Protocol):
     """A checkpoint that is read piece by piece."""
 
@@ -91,7 +108,7 @@ class Run:
     model: nn.Module
     changes: list[Change]
     device: torch.device
-    optimizer: torch.optim.Optimizer
+    optimizer: Updates
     factor: Callable[[int], float]
     steps: int
     steps_per_epoch: int
@@ -210,7 +227,7 @@ def accumulate(
     *,
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     portion: Callable[[bool], AbstractContextManager[object]] = lambda last: nullcontext(),
-    backward: Callable[[Tensor], object] = Tensor.backward,
+    backward: Callable[[Tensor, bool], object] = lambda loss, last: loss.backward(),
 ) -> Tensor:
     """Gradients of the mean loss over all micro-batches; gives that mean.
 
@@ -222,6 +239,7 @@ def accumulate(
         count: a micro-batch to what those are divided by, known before the forward.
         total: the sum of a tensor over all processes that share the batch.
         portion: what each micro-batch runs in; told whether it is the last of the step.
+        backward: adds a loss's gradients; told the same.
 
     Raises:
         RunError: nothing counts in the whole batch.
@@ -229,10 +247,11 @@ def accumulate(
     counts = count_all(count, batches, total)
     mean = torch.zeros(())
     for number, batch in enumerate(batches, 1):
-        with portion(number == len(batches)):
+        last = number == len(batches)
+        with portion(last):
             sums = objective(batch)
             loss = (sums / counts.to(sums)).sum()
-            backward(loss)
+            backward(loss, last)
         mean = mean.to(loss.device) + loss.detach()
     return total(mean)
 

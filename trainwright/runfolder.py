@@ -14,6 +14,7 @@ from trainwright.recipe import DECODER, Init, InputError, Recipe
 from trainwright.recipe.file import dump, load
 
 MODEL = "model"
+RANKS = "ranks"  # logs of the processes, which a launcher makes
 
 
 def check(recipe: Recipe, resume: bool) -> Path:
@@ -30,7 +31,7 @@ def check(recipe: Recipe, resume: bool) -> Path:
             raise InputError(
                 f"{folder} already holds this recipe's run; add --resume to go on, or set run.folder to another place"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(entry.name != RANKS for entry in folder.iterdir()):
         raise InputError(f"{folder} isn't empty and holds no run; set run.folder to another place")
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):

@@ -61,12 +61,18 @@ def divide(model: nn.Module, recipe: Recipe, mesh: Mesh) -> tuple[Division, list
         division = replace(division, pieces=found.pieces, partial=found.partial, head=found.head)
         changes.append(found.change)
     if mesh.pipeline.size > 1:
-        split = pipeline.apply(model, mesh.pipeline, recipe.parallel.schedule)
+        split = pipeline.apply(model, mesh.pipeline, recipe.parallel.schedule, micro_batches=_micro_batches(recipe, mesh))
         copied = {name: division.pieces[known] for name, known in split.copies.items() if known in division.pieces}
         division = replace(division, split=split, pieces={**division.pieces, **copied})
         changes.append(split.change)
         _check_stage(model, mesh)
     return division, changes
+
+
+def _micro_batches(recipe: Recipe, mesh: Mesh) -> int | None:
+    """Of a step of each process, where the recipe says how large they are."""
+    size = recipe.training.micro_batch_size
+    return recipe.training.batch_size // (size * mesh.data.size) if size else None
 
 
 def _check_stage(model: nn.Module, mesh: Mesh) -> None:
@@ -120,9 +126,6 @@ def complete(places: Places, division: Division) -> None:
     partial = [own[name].grad for name in division.partial if name in own]
     if found := [gradient for gradient in partial if gradient is not None]:
         tensor.sum_partial(found, places.mesh.tensor)
-    if division.split is not None:
-        ends = {name: p.grad for name, p in own.items() if p.grad is not None}
-        pipeline.sum_ends_(division.split, places.mesh.pipeline, ends)
 
 
 def clip(places: Places, largest: float | None) -> Tensor:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainwright import optim, spread, state
 from trainwright.built import Built, Part
-from trainwright.loop import Batch, Extra, Stored, accumulate, count_all
+from trainwright.loop import Batch, Extra, Stored, Updates, accumulate, count_all
 from trainwright.parallel import collectives, pipeline_run
 from trainwright.parallel.mesh import Mesh
 from trainwright.pieces import Held
@@ -27,7 +25,7 @@ Pairs = Iterable[tuple[Batch, Tensor]]
 class Steps:
     """What ``loop.Run`` asks for; the fields have its names. ``weights`` gives what a saved model is made from."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: Updates
     forward_backward: Callable[[Sequence[Batch]], Tensor]
     clip: Callable[[], Tensor]
     measure: Measure
@@ -65,12 +63,13 @@ def pipelined(recipe: Recipe, built: Built, part: Part, places: Places, extra: E
     assert division.split is not None
     total = spread.summing(mesh.data, built.device)
     pipe = pipeline_run.make(
-        division.split, built.model, mesh.pipeline, part.forward, part.sums, part.shape, built.device, _several(places)
+        division.split, built.model, mesh.pipeline, part.forward, part.sums, part.shape, built.device, sharing.portion
     )
 
     def forward_backward(batches: Sequence[Batch]) -> Tensor:
         loss = pipe.forward_backward(batches, count_all(part.count, batches, total))
         spread.complete(places, division)
+        pipe.finish(sharing.named)
         return total(loss)
 
     def measure(batches: Iterable[Batch], progress: Callable[[int], None]) -> dict[str, float]:
@@ -81,11 +80,6 @@ def pipelined(recipe: Recipe, built: Built, part: Part, places: Places, extra: E
         return collectives.send_json(found, _last_stage(mesh), built.device)
 
     return _stepping(recipe, built, places, extra, forward_backward, measure)
-
-
-def _several(places: Places) -> Callable[[bool], Any]:
-    """A pipeline has the backwards of all micro-batches in one portion, so none is known to be the last."""
-    return lambda last: places.sharing.portion(False)
 
 
 def _drained(pairs: Pairs) -> dict[str, float]:

@@ -289,3 +289,9 @@ def test_secrets_are_never_shown(tmp_path: Path) -> None:
     args = {**OUTPUT, "hub_token": "hf_abcdef", "push_to_hub": True}
     found = imported(tmp_path, args=args, ds={**ZERO, "comet": {"enabled": True, "api_key": "key_abcdef"}})
     assert "abcdef" not in str(found)
+
+
+def test_the_flag_of_stage_three_at_stage_two(tmp_path: Path) -> None:
+    for flag in (True, False):
+        found = imported(tmp_path, acc={**DEEP, "deepspeed_config": {"zero_stage": 2, "zero3_init_flag": flag}})
+        assert "has an effect at stage 3 only, and this is stage 2" in one(found, "deepspeed_config.zero3_init_flag", "note")

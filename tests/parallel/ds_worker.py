@@ -207,6 +207,8 @@ def together(case: Case) -> Seen | None:
     """The same under DeepSpeed, by all ranks; the first one tells."""
     engine, seen = begin(case, make(case)), Seen()
     try:
+        zero = engine.engine.optimizer
+        assert case.offload == getattr(zero, "offload_optimizer" if case.stage == 3 else "cpu_offload", False)
         advance(engine, case, seen, range(case.steps))
         collect(engine, case, seen)
     finally:
@@ -266,11 +268,13 @@ def watched(case: Case) -> dict[str, Any]:
             evaluated = [objective(batches(case, 50)[0]).item() for _ in range(2)]
         advance(engine, case, Seen(), range(1))
         between = sum(p.numel() for p in model.parameters())
-        engine.backward(objective(mine(batches(case, 1)[0], engine.axis)) * float("inf"), last=True)
+        loss = objective(mine(batches(case, 1)[0], engine.axis))
+        forward = sum(p.numel() for p in model.parameters())
+        engine.backward(loss * float("inf"), last=True)
         return {
             "calls": [call is engine.optimizer for call in calls],
             "same": same,
-            "held": (held, after, between),
+            "held": (held, after, between, forward),
             "evaluated": evaluated,
             "norm": engine.clip().item(),
             "speaks": {held.speaks for _, held in deepspeed_state.values(engine)},

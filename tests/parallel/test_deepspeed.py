@@ -143,7 +143,7 @@ def test_what_an_engine_lets_see(model: str, stage: int) -> None:
     for one in seen:
         assert one["calls"] == [True]
         assert all(one["same"].values())
-        assert one["held"] == ((0, 0, 0) if stage == 3 else (total, total, total))
+        assert one["held"] == (0 if stage == 3 else total,) * 4
         assert one["evaluated"][0] == one["evaluated"][1] == seen[0]["evaluated"][0]
         assert np.isnan(one["norm"]) or np.isinf(one["norm"])
     assert [one["speaks"] for one in seen] == [{True}, {False}]

@@ -44,7 +44,7 @@ def test_no_cut_has_a_lesser_largest_run(costs: list[int], data: st.DataObject) 
 
 def test_equal_parts_are_spread_evenly() -> None:
     assert sorted(runs([1] * 10, cut([1] * 10, 4))) == [2, 2, 3, 3]
-    assert runs([1, 1, 1, 1, 5], cut([1, 1, 1, 1, 5], 3)) == [2, 2, 5]
+    assert runs([5, 1, 1, 1, 1], cut([5, 1, 1, 1, 1], 3)) == [5, 2, 2]
 
 
 def decoder(layers: int = 6, vocabulary: int = 40, **changes) -> Decoder:

@@ -292,7 +292,7 @@ class Deep(nn.Module):
 
 def weigh(stage: int, size: int, frozen: bool = False) -> dict[str, float]:
     """Bytes of live tensors of a model, its gradients and Adam's states: within a step and after it; and at most."""
-    width, depth = 64, 6
+    width, depth = 128, 6
     x, y = torch.randn(2, width), torch.randint(4, (2,))
     empty = Live().bytes
     start = Live()

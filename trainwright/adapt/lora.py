@@ -67,7 +67,6 @@ class LoraLinear(nn.Linear):
     lora_B: nn.Parameter  # (out_features, rank)
     scale: float
     dropout: float
-    bound: float  # of A's first values: 1/sqrt(in_features), also where a process has a part of these
     portion: Portion | None = None  # the part of the input's features that a process has
     FEATURES: ClassVar = {"lora_A": ("rank", "in"), "lora_B": ("out", "rank")}
 
@@ -104,7 +103,7 @@ def _adapt(layer: nn.Module, section: Lora) -> None:
     assert isinstance(layer, nn.Linear)
     layer.__class__ = LoraLinear
     assert isinstance(layer, LoraLinear)
-    layer.scale, layer.dropout, layer.bound = scale_of(section), section.dropout, 1 / math.sqrt(layer.in_features)
+    layer.scale, layer.dropout = scale_of(section), section.dropout
     layer.lora_A = nn.Parameter(torch.empty(section.rank, layer.in_features, device=layer.weight.device))
     layer.lora_B = nn.Parameter(torch.empty(layer.out_features, section.rank, device=layer.weight.device))
 

@@ -90,8 +90,8 @@ class _Normalise(torch.autograd.Function):
         if not mean.is_cuda and count <= 1:  # on a GPU to look would be to wait
             raise ValueError(f"Expected more than 1 value per channel when training, got {int(count)} over all processes")
         variance = squares / count
-        wide = [None if p is None else p.to(mean.dtype) for p in (weight, bias)]
-        y = nn.functional.batch_norm(x, mean, variance, *wide, False, 0.0, eps) if len(x) else x.clone()
+        scale, shift = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
+        y = nn.functional.batch_norm(x, mean, variance, scale, shift, False, 0.0, eps) if len(x) else x.clone()
         ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean, squares, count)

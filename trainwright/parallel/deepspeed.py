@@ -94,7 +94,7 @@ class Engine:
     def clip(self) -> Tensor:
         """The global 2-norm of the step's gradients, 0-dim float32; the step will scale them to ``clip_norm`` at most.
 
-        NaN where a gradient isn't finite.
+        Infinite or NaN where a gradient isn't finite.
         """
         if self.stage == 0:
             return _clip_(list(self.model.parameters()), self.clip_norm)
@@ -103,8 +103,7 @@ class Engine:
             norm = zero.scaled_global_norm()
         else:
             norm = import_module("deepspeed.runtime.utils").combine_grad_norm_groups(zero._get_norm_groups())
-        norm = torch.as_tensor(norm, dtype=torch.float32)
-        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed says -1 for both infinite and NaN
+        return torch.as_tensor(norm, dtype=torch.float32)
 
     def whole(self, parameters: Iterable[nn.Parameter] | None = None) -> AbstractContextManager[object]:
         """A context in which parameters (default: all) are whole, for reading."""
@@ -233,7 +232,10 @@ def _leave() -> None:
 
 
 def _gather_by_block(model: nn.Module, deepspeed: Any) -> None:
-    """Make each block the unit of gathering: its layers use each other's weights without calling each other."""
+    """Make each block the unit of gathering, so that no hook of DeepSpeed runs inside of it, where it may be compiled.
+
+    Its layers also use each other's weights without calling each other.
+    """
     blocks: Callable[[], list[nn.Module]] | None = getattr(model, "blocks", None)
     for block in blocks() if blocks is not None else []:
         block.register_forward_pre_hook(_with_gradient)

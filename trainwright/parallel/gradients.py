@@ -88,6 +88,8 @@ class _Shared:
         begun = self._next or any(unit.arrived for unit in self._queue) or not self._starts
         for unit in self._queue[self._next :] if begun else []:
             self._start(unit)
+        while self._flying:
+            self._flying.pop(0).land()
 
     def finish(self) -> None:
         for unit in self._units:

@@ -97,10 +97,17 @@ def _configure(module: nn.Module, devices: DeviceMesh, device: torch.device) -> 
     module.set_force_sum_reduction_for_comms(True)
     module.set_reduce_scatter_unused_params(True, recurse=False)
     if devices.device_type == "cpu":
-        module.set_custom_reduce_scatter(GlooReduceScatter())  # type: ignore[arg-type]
+        _spare(module)
     for method in METHODS:
         if hasattr(module, method):
             register_fsdp_forward_method(module, method)
+
+
+def _spare(module: FSDPModule) -> None:
+    """Without streams nothing is gained by gathering ahead, nor by what FSDP2 keeps so that copies may overlap."""
+    module.set_custom_reduce_scatter(GlooReduceScatter())  # type: ignore[arg-type]
+    module.set_modules_to_backward_prefetch([module])  # itself, so nothing; an empty list means the default
+    module._set_unshard_async_op(True)  # else the last gathered buffer stays until the next one is used
 
 
 def _materialise(model: nn.Module, device: torch.device) -> None:

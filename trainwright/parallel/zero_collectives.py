@@ -57,5 +57,14 @@ class GlooReduceScatter:
     ) -> dist.Work | None:
         assert op == dist.ReduceOp.SUM
         assert not async_op
-        output_tensor.copy_(start_reduce_scatter(input_tensor.view(group.size(), -1), group)())
+        parts, rank, ranks = input_tensor.view(group.size(), -1), group.rank(), group.size()
+        output_tensor.copy_(parts[rank])
+        term = torch.empty_like(output_tensor)  # one at a time: all at once would be as large as the input
+        for step in range(1, ranks):
+            sent = dist.isend(parts[(rank + step) % ranks], group=group, group_dst=(rank + step) % ranks)
+            dist.recv(term, group=group, group_src=(rank - step) % ranks)
+            assert sent is not None
+            sent.wait()
+            output_tensor.add_(term)
+        input_tensor.untyped_storage().resize_(0)  # NOTE: FSDP2 would keep this buffer of ours through the next backward
         return None
