@@ -3,7 +3,8 @@
     python -m tests.launched STEPS FOLDER [--fail-RANK HOW] [--json]
 
 Every rank adds rank + 1 at each step and the sum over ranks goes to FOLDER/state.json, from which a new start goes on. HOW is
-``input``, ``run``, ``error``, ``pending`` (an error with an operation under way), ``exit``, ``sleep`` or a signal's number.
+``input``, ``run``, ``error``, ``pending`` (an error with an operation and a thread under way), ``exit``, ``sleep`` or a
+signal's number.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -97,6 +99,7 @@ def fail(how: str) -> None:
         raise ValueError("seven is odd")
     if how == "pending":
         dist.all_reduce(torch.ones(1), async_op=True)
+        threading.Thread(target=time.sleep, args=(1000,)).start()  # the interpreter's exit waits for it
         raise ValueError("something is pending")
     if how == "exit":
         os._exit(7)

@@ -140,15 +140,16 @@ def test_a_failed_rank_waits_for_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("nproc", "how", "says"),
     [
-        (str(int(signal.SIGSTOP)), r"rank 1 failed: hung in step 3 for \d+ s, the process is stopped \(SIGSTOP\); its log"),
-        ("sleep", r"rank 1 failed: hung, the others waited in vain \(.*[Tt]imed out.*\); its log"),
+        (1, str(int(signal.SIGSTOP)), r"rank 0 failed: hung in step 3 for \d+ s, the process is stopped \(SIGSTOP\); its log"),
+        (2, str(int(signal.SIGSTOP)), r"rank 1 failed: hung in step 3 for \d+ s, the process is stopped \(SIGSTOP\); its log"),
+        (2, "sleep", r"rank 1 failed: hung, the others waited in vain \(.*[Tt]imed out.*\); its log"),
     ],
-    ids=["stopped", "asleep"],
+    ids=["alone", "stopped", "asleep"],
 )
-def test_a_rank_that_hangs_is_named(how: str, says: str, tmp_path: Path) -> None:
-    job = start(tmp_path, 2, "--fail-1", how, TRAINWRIGHT_TIMEOUT="5").ended()
+def test_a_rank_that_hangs_is_named(nproc: int, how: str, says: str, tmp_path: Path) -> None:
+    job = start(tmp_path, nproc, f"--fail-{nproc - 1}", how, TRAINWRIGHT_TIMEOUT="5").ended()
     assert job.code == 3
     (message,) = job.messages()
     assert re.search(says, message), message

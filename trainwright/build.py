@@ -6,10 +6,6 @@ stands in ``language``.
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import os
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -19,20 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from trainwright import ema, language, runfolder, schedules, spread, steps
+from trainwright import ema, filling, language, runfolder, schedules, spread, steps
 from trainwright.adapt import full, lora, norms
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built, Part, Shape
 from trainwright.data import text
 from trainwright.loop import Extra, Run
 from trainwright.memory import layout, precision
-from trainwright.models import catalogue, decoder, init, pretrained, user
+from trainwright.models import catalogue, decoder, pretrained, user
 from trainwright.models.contract import Change
-from trainwright.parallel import collectives, sharing
+from trainwright.parallel import collectives
 from trainwright.parallel.mesh import Mesh, join
-from trainwright.pieces import local
 from trainwright.predictor import Predictor
-from trainwright.recipe import Init, InputError, Lora, Partial, Recipe, TextData, nearest
+from trainwright.recipe import InputError, Lora, Partial, Recipe, TextData, nearest
 from trainwright.state import Places
 from trainwright.steps import Steps
 
@@ -60,14 +55,14 @@ def assemble(
         built = assemble_model(recipe, mesh=_join(recipe))
         with collectives.in_turn(built.device):  # the first process fills the cache
             documents = language.prepare(recipe, built, splits, progress)
-        places = fill(built, recipe)
-        part = language.join(recipe, built, documents, compiles(recipe, built))
+        places = filling.fill(built, recipe)
+        part = language.join(recipe, built, documents, filling.compiles(recipe, built))
     else:
         from trainwright import supervised  # NOTE: here, because text needn't wait for the libraries of images and metrics
 
         samples = supervised.prepare(recipe, progress)
         built = assemble_model(recipe, samples.shape, mesh=_join(recipe))
-        places = fill(built, recipe)
+        places = filling.fill(built, recipe)
         part = supervised.join(recipe, built, samples)
     return _program(recipe, built, part, places)
 
@@ -259,94 +254,7 @@ def load_predictor(folder: Path) -> Predictor:
 def load_model(recipe: Recipe, shape: Shape | None = None) -> Built:
     """The model of a recipe with its values, for use alone: nothing learns, everything is stored in the compute dtype."""
     built = assemble_model(recipe, shape, frozen=True)
-    materialise(built, recipe, pretrained.blank(built.model))
+    filling.materialise(built, recipe, pretrained.blank(built.model))
     built.changes.append(layout.apply(built.model))
     built.model.eval()
     return built
-
-
-def fill(built: Built, recipe: Recipe) -> Places:
-    """Values for what this process has of the model, then what needs them to be there."""
-    model, device = built.model, built.device
-    blank = pretrained.blank(model)
-    ours = recipe.parallel.engine == "torch"
-    early = spread.share(model, recipe, built.mesh, device) if recipe.parallel.zero == 3 and ours else None
-    _mark(model, blank)
-    places = Places(built.mesh, early or sharing.alone(model), built.division.pieces, built.division.copies)
-    materialise(built, recipe, blank, places)
-    built.changes.append(layout.apply(model))
-    built.changes.extend(spread.join_statistics(model, built.mesh))
-    built.changes.append(compile_blocks(built, recipe))
-    shared = early or (spread.share(model, recipe, built.mesh, device) if ours else sharing.alone(model))
-    built.changes.extend(spread.described(recipe, built.mesh))
-    return dataclasses.replace(places, sharing=shared)
-
-
-@torch.no_grad()
-def _mark(model: nn.Module, blank: set[str]) -> None:
-    """Fill memory that has no values with NaN: what is forgotten must not look like a weight."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in blank and not tensor.is_meta and tensor.is_floating_point():
-            local(tensor).fill_(torch.nan)
-
-
-def materialise(built: Built, recipe: Recipe, blank: set[str], places: Places | None = None) -> None:
-    """Give every parameter its values: the weights', the seed's for what they lack, those of an adapter to go on from.
-
-    Args:
-        blank: the parameters and buffers that have none.
-        places: which part of the whole model is here.
-    """
-    model, device, seed, division = built.model, built.device, recipe.run.seed, built.division
-    boxes = places.boxes(model) if places else {}
-    made = {name for name, _ in model.named_parameters() if not lora.is_factor(name)} - blank  # a user's module starts itself
-    kept: set[str] = set()
-    if built.source is not None:
-        report = pretrained.load_into(
-            model,
-            pretrained.open_weights(built.source),
-            match=recipe.model.match,
-            device=device,
-            ignore=lora.is_factor,
-            pieces=division.pieces,
-            aliases=division.copies,
-            absent=division.absent(model),
-        )
-        built.changes.insert(0, Change("pretrained", report.describe()))
-        kept = set(report.matched)
-    pretrained.allocate(model, device)
-    model.to(device)
-    unmade = {name for name in blank - kept if not lora.is_factor(name)}
-    if recipe.model.init != Init():
-        unmade |= made - kept
-    if unmade or recipe.model.init != Init():
-        built.changes.append(init.initialize(model, recipe.model.init, unmade, seed, boxes, division.copies))
-    lora.initialize(model, seed, boxes)
-    start = getattr(recipe.adapt, "start", None)
-    if start is not None:
-        load = lora.load if isinstance(recipe.adapt, Lora) else partial_tuning.load
-        base = pretrained.fingerprint(built.source) if built.source else None
-        load(model, Path(start), base, boxes, division.absent(model))
-
-
-def compiles(recipe: Recipe, built: Built) -> bool:
-    """Whether this run compiles: as it says; else language models, where a compiler is found."""
-    if recipe.run.compile == "auto":
-        if not isinstance(recipe.data, TextData):
-            return False
-        return built.device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
-    return recipe.run.compile == "on"
-
-
-def compile_blocks(built: Built, recipe: Recipe) -> Change:
-    """Compile the forward of each block; equal blocks share one graph. The module and its names stay."""
-    if not compiles(recipe, built):
-        text = isinstance(recipe.data, TextData)
-        auto = "no C++ compiler found" if text else "it takes longer than it saves; run.compile: on does it all the same"
-        return Change("compile", f"not compiled: {auto if recipe.run.compile == 'auto' else 'run.compile is off'}")
-    blocks = built.model.blocks() if isinstance(built.model, decoder.Decoder) else [built.model]
-    # torch warns of a CUDA toolkit without a GPU, which is no news to who trains on the CPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    for block in blocks:
-        block.forward = torch.compile(block.forward)
-    return Change("compile", f"{len(blocks)} block{'s' * (len(blocks) > 1)} compiled; equal ones share one graph")

@@ -47,7 +47,7 @@ def restarts() -> int:
     return _number("TORCHELASTIC_RESTART_COUNT", "0")
 
 
-_known: bool | None = None  # whether there was a mark before we left ours
+_again: bool | None = None  # what the ranks found
 
 
 def restarted(folder: Path) -> bool:
@@ -57,15 +57,26 @@ def restarted(folder: Path) -> bool:
     that was lost and came back knows of no restart, and the others don't count its return as one. But their torchrun is the
     same process that has worked for this folder before (``log_to`` leaves a mark).
     """
+    global _again
     if not joined():
         return False
-    import torch
-    import torch.distributed as dist
+    if _again is None:
+        import torch
+        import torch.distributed as dist
 
-    again = restarts() > 0 or (_mark(folder / RANKS).exists() if _known is None else _known)
-    votes = torch.tensor([int(again)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes.item())
+        mine = restarts() > 0 or _mark(folder / RANKS).exists()
+        votes = torch.tensor([int(mine)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        _again = bool(votes.item())
+        _leave_mark()
+    return _again
+
+
+def _leave_mark() -> None:
+    """Only when all ranks have looked for it: those of one machine share it."""
+    place = os.environ.get(PLACE)
+    if _again is not None and place and not os.environ.get(LAUNCHER):
+        _mark(Path(place)).touch()
 
 
 def _mark(place: Path) -> Path:
@@ -167,8 +178,8 @@ def _follow_launcher() -> None:
 def _fail(error: BaseException) -> None:
     """Note why, and see to it that the process ends.
 
-    NOTE: the process group is not destroyed here. With an operation under way gloo waits until its timeout for the other
-    ranks to take part, when it is destroyed and when the interpreter exits; so the process is bound to end before that.
+    NOTE: the process group is not destroyed here: with an operation under way gloo would wait for the other ranks until its
+    timeout. Threads and exit hooks of others may wait as well, so the process is bound to end whatever they do.
     """
     failure = ranks.judge(error)
     if not isinstance(error, InputError | RunError | KeyboardInterrupt):
@@ -221,15 +232,12 @@ def log_to(folder: Path) -> None:
     For jobs that torchrun or accelerate started; our own launcher has seen to it already. The folder must be shared by
     the machines, as the run's folder is anyway.
     """
-    global _known
     if not joined() or os.environ.get(LAUNCHER):
         return
     place = folder / RANKS
     place.mkdir(parents=True, exist_ok=True)
     os.environ[PLACE] = str(place.absolute())
-    mark = _mark(place)
-    _known = mark.exists()
-    mark.touch()
+    _leave_mark()
     if rank() > 0:
         sys.stdout.flush(), sys.stderr.flush()
         log = os.open(ranks.log_of(place, rank()), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -80,10 +80,8 @@ def extended(size: int) -> list[float]:
     """Hidden states from a cache, evaluated between two training steps, and what is gathered after that."""
     model = zero.make("decoder-tied", torch.float64)
     assert isinstance(model, Decoder)
-    if size > 1:
-        sharing = sharded.shard(model, init_device_mesh("cpu", (size,)), model.blocks(), CPU)
-    else:
-        sharing = zero.alone(model)
+    alone = size == 1
+    sharing = zero.alone(model) if alone else sharded.shard(model, init_device_mesh("cpu", (size,)), model.blocks(), CPU)
     values = []
     for step in range(2):
         with torch.no_grad():

@@ -92,9 +92,9 @@ class Live(TorchDispatchMode):
     @property
     def bytes(self) -> int:
         """Now; a storage may change its size."""
-        alive = {key: ref for key, ref in self._storages.items() if ref() is not None}
-        self._storages = alive
-        return sum(ref().nbytes() for ref in alive.values())
+        alive = {key: (ref, ref()) for key, ref in self._storages.items()}
+        self._storages = {key: ref for key, (ref, storage) in alive.items() if storage is not None}
+        return sum(storage.nbytes() for _, storage in alive.values() if storage is not None)
 
     def _note(self, tensor: Any) -> None:
         if tensor.device.type != "meta" and type(tensor) in (Tensor, torch.nn.Parameter):

@@ -294,35 +294,34 @@ def weigh(stage: int, size: int, frozen: bool = False) -> dict[str, float]:
     """Bytes of live tensors of a model, its gradients and Adam's states: within a step and after it; and at most."""
     width, depth = 128, 6
     x, y = torch.randn(2, width), torch.randint(4, (2,))
-    empty = Live().bytes
-    start = Live()
-    with start, torch.device("meta" if stage == 3 else "cpu"):
+    live = Live()
+    empty = live.bytes
+    with live, torch.device("meta" if stage == 3 else "cpu"):
         model = Deep(width, depth)
         if frozen:
             model.layers.requires_grad_(False)
     numbers = {grad: 4 * sum(p.numel() for p in model.parameters() if p.requires_grad is grad) for grad in (True, False)}
     axis = world(size)
-    with start:
-        if stage < 3:
-            sharing = gradients.share(model, axis, stage, model.blocks())
-        elif size > 1:
+    with live:
+        if stage == 3:
             sharing = sharded.shard(model, init_device_mesh("cpu", (size,)), model.blocks(), CPU)
+        else:
+            sharing = gradients.share(model, axis, stage, model.blocks())
+    result: dict[str, float] = {"started": live.peak - empty, "largest": live.largest}
     for p in model.parameters():
         local(p).detach().normal_(0, 0.1)
     optimizer = torch.optim.Adam([p for _, p in sharing.named], fused=True)
-    result: dict[str, float] = {"started": start.peak - empty, "largest": start.largest}
     for _ in range(2):
-        live = Live()
-        base = live.bytes - empty
+        live.peak = before = live.bytes
         with live, Traffic() as traffic:
             for last in (False, True):
                 with sharing.portion(last):
                     nn.functional.cross_entropy(model(x), y).backward()
                 if not last:
-                    within = Live().bytes - empty
+                    within = live.bytes - empty
             sharing.finish()
             optimizer.step()
             sharing.updated()
             optimizer.zero_grad()
-        result |= {"within": within, "after": Live().bytes - empty, "peak": live.peak - empty - base, "sent": traffic.total}
+        result |= {"within": within, "after": live.bytes - empty, "peak": live.peak - before, "sent": traffic.total}
     return {**result, "trained": numbers[True], "frozen": numbers[False], "block": 4 * (width + 1) * width}

@@ -92,6 +92,17 @@ def test_samples(name, layout, folder, alone):
     together.agree(first, alone("samples", changes), tolerance=2e-5 if name == "resnet" else 1e-5)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["full", "lora", "mlp"])
+def test_deepspeed(name, stage, folder, alone):
+    kind = "samples" if name == "mlp" else "text"
+    shared = {"training__steps": 3, "training__batch_size": 16, "evaluation__before": False}
+    changes = {**SAMPLES["mlp"], **shared} if name == "mlp" else {**TEXT, **DECODERS[name]}
+    first, other = together.many(2, kind, folder, {**changes, "parallel__engine": "deepspeed", "parallel__zero": stage})
+    together.agree(first, alone(kind, changes))
+    assert (other.losses, other.norms, other.held_out) == (first.losses, first.norms, first.held_out)
+
+
 def test_all_three(folder, alone):
     changes = {**TEXT, **DECODERS["full"]}
     first, *_ = together.many(

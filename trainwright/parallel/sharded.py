@@ -121,7 +121,6 @@ class _Sharded:
     shards_parameters = True
 
     def __init__(self, model: nn.Module, axis: Axis, owners: dict[str, nn.Module], device: torch.device) -> None:
-        assert isinstance(model, FSDPModule)
         self._model, self._axis = model, axis
         self._whole = trainable(model)
         # Plain parts rather than DTensors: every optimizer takes them, at no cost for each operation.
@@ -151,8 +150,9 @@ class _Sharded:
         return outer.chunk(self._axis.size, self._axis.index)
 
     def rest(self) -> None:
-        assert isinstance(self._model, FSDPModule)
-        self._model.reset_iter_state()
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
