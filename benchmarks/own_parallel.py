@@ -35,10 +35,13 @@ from trainwright.data import loader
 from trainwright.data.packing import Documents
 from trainwright.data.sampler import Share
 from trainwright.data.text import TextSplits
+from trainwright.losses.tokens import STRIDE
 from trainwright.parallel import collectives
 from trainwright.pieces import local
 from trainwright.recipe import Recipe
 from trainwright.recipe.file import parse
+
+Theory = Callable[[loop.Run, int], dict[str, float]]  # of a run and its rows' length, bytes by what they are for
 
 CPU = torch.device("cpu")
 ROWS = 4  # of a global batch of SmolLM2; a process takes two at once
@@ -54,7 +57,7 @@ TCP_INFO_SENT, TCP_INFO_AGAIN = slice(200, 208), slice(208, 216)  # tcpi_bytes_s
 
 
 def small(length: int, micro: int, work: Path, parallel: dict[str, Any]) -> loop.Run:
-    """A decoder of 6.7 million numbers, not compiled, with AdamW in float32; ``micro`` micro-batches of a row in each process."""
+    """A decoder of 6.7 million numbers, not compiled, with AdamW in float32; each process has ``micro`` rows, one at a time."""
     copies = 1 if parallel.get("tensor", 1) > 1 else ranks()
     recipe = parse(
         {
@@ -68,7 +71,9 @@ def small(length: int, micro: int, work: Path, parallel: dict[str, Any]) -> loop
         }
     )
     tokens = np.random.default_rng(0).integers(3, SMALL["vocab_size"], (4 * micro * copies, length))
-    return build.assemble(recipe, splits=TextSplits(documents({"tokens": tokens, "lengths": [length] * len(tokens)}), None, True))
+    return build.assemble(
+        recipe, splits=TextSplits(documents({"tokens": tokens, "lengths": np.full(len(tokens), length)}), None, True)
+    )
 
 
 def ranks() -> int:
@@ -81,24 +86,48 @@ def states(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def held(stage: int, work: Path) -> dict[str, Any]:
-    """Bytes of all tensors that live because of a run, at three moments of its second and third step.
+    """Bytes of all tensors that live because of a run: ``measured`` and in theory, and some more.
 
-    within      between two micro-batches, so that gradients wait for more: what the theory of the stages speaks of
+    measured    between two micro-batches of a step, so that gradients wait for more: what the theory of the stages speaks of
     at_update   when all gradients are there and the optimizer's step begins
     peak        at most, with activations
     """
     empty = Live().bytes
     run = small(SHORT, 2, work, {"zero": stage})
-    found: dict[str, Any] = {"stage": stage, "ranks": ranks(), **sizes(run)}
+    found: dict[str, Any] = {}
     steps = loop.train(run)
     next(steps)
-    watch(run, "within", found, empty)
+    watch(run, found, empty)
     next(steps)
     found["between_steps"] = Live().bytes - empty
     run.model.register_forward_hook(lambda *_: found.update(after_forward=Live().bytes - empty))
     with Live() as live:
         next(steps)
-    return found | {"peak": live.peak - empty}
+    found["peak"] = live.peak - empty
+    whole = sizes(run)
+    kept = {"measured": found["measured"], "at_update_bytes": found["at_update"], "peak_bytes": found["peak"]}
+    row = {"stage": stage, "ranks": ranks(), "theory": states_in_theory(stage, whole["model"]), **kept}
+    return row | (transient(found, whole) if stage == 3 else {})
+
+
+def states_in_theory(stage: int, model: int) -> dict[str, float]:
+    """Of P bytes of parameters: P of gradients, 2 P of AdamW's states, divided as Rajbhandari et al. (2020) say."""
+    divided = ("optimizer", "gradients", "parameters")[:stage]
+    bytes_ = {"parameters": model, "gradients": model, "optimizer": 2 * model}
+    return {name: size / (ranks() if name in divided else 1) for name, size in bytes_.items()}
+
+
+def transient(found: dict[str, Any], whole: dict[str, int]) -> dict[str, float]:
+    """What stage 3 has at most beyond its parts: activations; what is in no block, gathered, with its gradient; and blocks.
+
+    A gathered block is its weights; in the backward its whole gradient counts as another one.
+    """
+    part = whole["model"] / ranks()  # of the gradients
+    activations = found["after_forward"] - found["between_steps"] - part - whole["rest"]
+    beyond = found["peak"] - found["between_steps"] - part
+    blocks = (beyond - activations - 2 * whole["rest"]) / whole["block"]
+    sizes_ = {"activation_bytes": activations, "rest_bytes": whole["rest"], "block_bytes": whole["block"]}
+    return {"gathered_blocks": blocks, "transient_bytes": beyond, **sizes_}
 
 
 def sizes(run: loop.Run) -> dict[str, int]:
@@ -108,7 +137,7 @@ def sizes(run: loop.Run) -> dict[str, int]:
     return {"model": whole, "block": max(blocks), "rest": whole - sum(blocks)}
 
 
-def watch(run: loop.Run, name: str, found: dict[str, Any], empty: int) -> None:
+def watch(run: loop.Run, found: dict[str, Any], empty: int) -> None:
     """Note what lives when the second micro-batch of the next step begins, and when the gradients are complete."""
     calls = 0
     clip = run.clip
@@ -119,8 +148,8 @@ def watch(run: loop.Run, name: str, found: dict[str, Any], empty: int) -> None:
         if calls == 2:
             parameters = stored(local(p) for p in run.model.parameters())
             optimizer = stored(v for state in run.optimizer.state.values() for v in state.values())  # type: ignore[attr-defined]
-            total = Live().bytes - empty
-            found.update(within=total, parameters=parameters, optimizer=optimizer, gradients=total - parameters - optimizer)
+            others = Live().bytes - empty - parameters - optimizer  # gradients, and whatever else there is
+            found["measured"] = {"parameters": parameters, "gradients": others, "optimizer": optimizer}
             handle.remove()
 
     def clipped() -> Tensor:
@@ -140,26 +169,46 @@ def stored(tensors: Iterable[Tensor]) -> int:
 
 def traffic(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What is sent in a step of one micro-batch by each technique."""
-    techniques: dict[str, dict[str, Any]] = {"DP": {}, **{f"ZeRO {stage}": {"zero": stage} for stage in (1, 2, 3)}}
-    techniques["TP"] = {"tensor": ranks()}
-    return [sent(name, parallel, options.work) for name, parallel in techniques.items()]
+    copied: dict[str, dict[str, Any]] = {"DP": {}, **{f"ZeRO {stage}": {"zero": stage} for stage in (1, 2, 3)}}
+    found = [sent(name, LONG, parallel, copies_in_theory, options.work) for name, parallel in copied.items()]
+    # A length that can't be divided goes through all-reduces, others through their two halves.
+    for name, length in (("TP", LONG), ("TP, length not divided", LONG - 1)):
+        found.append(sent(name, length, {"tensor": ranks()}, tensor_in_theory, options.work))
+    return found
 
 
-def sent(technique: str, parallel: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Bytes that this process sends in a second step: by collective, and what its connections carried."""
-    run = small(LONG, 1, work, parallel)
-    whole = {"model": sum(4 * p.numel() for p in run.model.parameters())} if "tensor" not in parallel else {}
+def sent(technique: str, length: int, parallel: dict[str, Any], theory: Theory, work: Path) -> dict[str, Any]:
+    """Bytes that this process sends in a second step: by collective, what its connections carried, and in theory."""
+    run = small(length, 1, work, parallel)
     steps = loop.train(run)
     next(steps)
     dist.barrier()
     before = wire_bytes()
     with Traffic() as counted:
         next(steps)
-    dist.barrier()  # its few bytes are not worth a correction
+    dist.barrier()  # whose few bytes are not worth a correction
+    after = wire_bytes()
+    found = {"measured": dict(counted.bytes), "wire_bytes": after - before, "theory": theory(run, length)}
+    return {"technique": technique, "ranks": ranks(), **found}
+
+
+def copies_in_theory(run: loop.Run, length: int) -> dict[str, float]:
+    """A reduce-scatter and an all-gather of the model; at stage 3 an all-gather more."""
+    rounds = 3 if run.recipe.parallel.zero == 3 else 2
+    return {"model": rounds * sizes(run)["model"] * (ranks() - 1) / ranks()}
+
+
+def tensor_in_theory(run: loop.Run, length: int) -> dict[str, float]:
+    """An all-reduce of the hidden states is twice their bytes times (N - 1) / N; a block has two in each direction."""
+    blocks, share = SMALL["num_hidden_layers"], (ranks() - 1) / ranks()
+    reduce = 2 * share * 4 * length * SMALL["hidden_size"]
+    divided = length % ranks() == 0
     return {
-        "technique": technique, "ranks": ranks(), "measured": counted.total, "by_collective": dict(counted.bytes),
-        "wire": wire_bytes() - before, **whole, "tokens": LONG,
-    }  # fmt: skip
+        "blocks": 4 * blocks * reduce,
+        "embedding and last norm": 2 * reduce,  # the forward of one and the backward of the other, or both by halves
+        "loss": share * ranks() * 2 * 4 * (length - 1 + -(length - 1) % STRIDE),  # two numbers of each supervised token
+        "gradients of norms": 2 * share * 4 * (2 * blocks + 1) * SMALL["hidden_size"] * divided,
+    }
 
 
 def wire_bytes() -> int:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from trainwright import build, checkpoint, fit, loop, runfolder
+from trainwright import build, checkpoint, evaluation, fit, loop, runfolder
 from trainwright.recipe import InputError, RunError
 from trainwright.recipe.file import dump
 from trainwright.tracking import read_metrics
@@ -79,7 +79,7 @@ def test_the_loss_falls_and_the_folder_is_whole(tmp_path, method):
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert {"loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "seconds"} < set(steps[0])
     assert [line["step"] for line in lines if line.get("split") == "held_out"] == [0, 12]
-    again = fit.evaluate(folder, quiet=True)["held_out"]
+    again = evaluation.evaluate(folder, quiet=True)["held_out"]
     assert again["loss"] == pytest.approx(result["held_out"]["after"]["loss"], rel=1e-6)
     assert again["perplexity"] == pytest.approx(math.exp(again["loss"]))
 
@@ -190,7 +190,9 @@ def test_best_goes_by_the_stated_direction(tmp_path, direction, best):
     result = fit.train(recipe, quiet=True)
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line.get("split") and line["step"]]
     assert result["best"]["value"] == best(line["loss"] for line in lines)
-    assert fit.evaluate(tmp_path / "run", quiet=True)["held_out"]["loss"] == pytest.approx(result["best"]["value"], rel=1e-6)
+    assert evaluation.evaluate(tmp_path / "run", quiet=True)["held_out"]["loss"] == pytest.approx(
+        result["best"]["value"], rel=1e-6
+    )
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 2
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import trainwright
 from tests import small
-from trainwright import build, checkpoint, fit, loop
+from trainwright import build, checkpoint, evaluation, fit, loop
 from trainwright.__main__ import run as command
 from trainwright.data.batches import SampleBatches
 from trainwright.recipe import InputError
@@ -226,7 +226,7 @@ def test_the_average_is_evaluated_and_saved(tmp_path):
 def test_a_run_saves_the_average(tmp_path):
     ema = {"decay": 0.95, "warmup": False}
     result = fit.train(small.recipe(tmp_path, training__ema=ema, training__steps=9), quiet=True)
-    measured = fit.evaluate(tmp_path / "run", quiet=True)["held_out"]
+    measured = evaluation.evaluate(tmp_path / "run", quiet=True)["held_out"]
     assert measured["loss"] == pytest.approx(result["held_out"]["after"]["loss"], rel=1e-5)
 
 
@@ -274,7 +274,7 @@ def test_early_stop(tmp_path):
 def test_evaluate_counts_every_sample_once(tmp_path):
     recipe = small.recipe(tmp_path, data__held_out=0.105, metrics=["accuracy"])
     fit.train(recipe, quiet=True)
-    result = fit.evaluate(tmp_path / "run", quiet=True)
+    result = evaluation.evaluate(tmp_path / "run", quiet=True)
     run = build.assemble(recipe)
     count = sum(batch.size for batch in run.splits["held_out"]())
     assert count % 256
@@ -318,7 +318,7 @@ def test_end_to_end(tmp_path, case):
     result = fit.train(small.recipe(tmp_path, **changes), quiet=True)
     before, after = result["held_out"]["before"], result["held_out"]["after"]
     assert after["loss"] < before["loss"]
-    measured = fit.evaluate(tmp_path / "run", quiet=True)
+    measured = evaluation.evaluate(tmp_path / "run", quiet=True)
     values = measured[measured["split"]]
     assert measured["split"] == ("test" if "test" in changes.get("data", {}) else "held_out")
     assert all(isinstance(value, float) and math.isfinite(value) for value in values.values()), values
@@ -360,7 +360,7 @@ def test_partial_and_lora_on_an_mlp(tmp_path, method, files):
     recipe = small.recipe(tmp_path, model__pretrained=str(tmp_path / "base/model"), adapt=adapt)
     result = fit.train(recipe, quiet=True)
     assert (tmp_path / "run/model" / files).is_file()
-    measured = fit.evaluate(tmp_path / "run", quiet=True)
+    measured = evaluation.evaluate(tmp_path / "run", quiet=True)
     assert measured["held_out"]["loss"] == pytest.approx(result["held_out"]["after"]["loss"], rel=1e-4)
 
 
@@ -387,10 +387,10 @@ def test_other_data_is_noticed(tmp_path, capsys):
     small.image_folder(tmp_path / "pictures")
     recipe = small.recipe(tmp_path, data={"kind": "images", "source": str(tmp_path / "pictures")}, training__batch_size=8)
     fit.train(recipe, quiet=True)
-    fit.evaluate(tmp_path / "run")
+    evaluation.evaluate(tmp_path / "run")
     assert "isn't what it was" not in capsys.readouterr().err
     shutil.copy(tmp_path / "pictures/class0/0.png", tmp_path / "pictures/class0/00.png")
-    fit.evaluate(tmp_path / "run")
+    evaluation.evaluate(tmp_path / "run")
     assert "isn't what it was" in capsys.readouterr().err
     with pytest.raises(InputError, match="its data isn't what it was when step-00000006 was written"):
         fit.train(recipe, resume=True, quiet=True)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
-from trainwright import build, fit, loop
+from trainwright import build, evaluation, fit, loop
 from trainwright.recipe import InputError
 
 BAG = {"model__architecture": "tests.userland:Bag", "data__packing": False, "adapt__method": "full"}
@@ -20,7 +20,7 @@ def test_trains_saves_and_comes_back(tmp_path):
     result = fit.train(bag(tmp_path, model__options={"size": 24}, training__steps=10), quiet=True)
     after = result["held_out"]["after"]["loss"]
     assert after < result["held_out"]["before"]["loss"]
-    assert fit.evaluate(tmp_path / "run", quiet=True)["held_out"]["loss"] == pytest.approx(after, rel=1e-6)
+    assert evaluation.evaluate(tmp_path / "run", quiet=True)["held_out"]["loss"] == pytest.approx(after, rel=1e-6)
 
 
 def test_lora_on_it(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
@@ -78,6 +78,17 @@ class Display:
             self._bar.update(self._task, completed=result.step, status=status)
         elif result.step == 1 or result.step == steps or result.step % max(1, steps // 20) == 0:
             self.say(f"step {result.step}/{steps}  {status}")
+
+    @contextmanager
+    def preparing(self) -> Iterator[Callable[[str, int], None]]:
+        """A spinner while model and data are prepared; is to be told what has been done so far, and how much of it."""
+        with self.working("preparing model and data") as bar:
+
+            def progress(what: str, done: int) -> None:
+                if bar is not None:
+                    bar.update(bar.task_ids[0], description=f"{what} {done:,} rows")
+
+            yield progress
 
     @contextmanager
     def working(self, what: str) -> Iterator[Progress | None]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import signal
-import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
-from trainwright import build, checkpoint, loop, runfolder, stopping
+from trainwright import build, checkpoint, launch, loop, runfolder, stopping
 from trainwright.console import Display
 from trainwright.loop import Run, StepResult
 from trainwright.machine import matrix_product_rate
+from trainwright.parallel import collectives
 from trainwright.recipe import InputError, Recipe
 from trainwright.tracking import Silence, Tracker
 
@@ -57,9 +58,13 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False, rank: in
     """
     folder = runfolder.check(recipe, resume)
     first = rank == 0
+    device = build.choose_device(recipe.run.device)
+    _check_agreement("recipe", _essence(recipe), partial(collectives.gather_json, device=device))
     books = Tracker(folder, recipe.tracking.tensorboard) if first else Silence()
     with Display(quiet or not first) as display, books as tracker:
-        run = _assemble(recipe, display)
+        with display.preparing() as progress:
+            run = build.assemble(recipe, progress=progress)
+        _check_agreement("data", run.fingerprint, run.share)
         if first:
             runfolder.begin(folder, recipe)
         session = _Session(recipe, folder, run, display, tracker, _peak(run), checkpoint.Writer(_team(run)))
@@ -72,22 +77,22 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False, rank: in
         return _finish(session)
 
 
+def _check_agreement(what: str, mine: str, share: Callable[[Any], list[Any]]) -> None:
+    """Raises InputError where the processes of a run were given different things."""
+    if fault := launch.disagreement(share({what: mine})):
+        raise InputError(fault)
+
+
+def _essence(recipe: Recipe) -> str:
+    return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
 def _check_best(session: _Session) -> None:
     """After a fall back to an older checkpoint, the best one that it remembers may be gone."""
     best = session.state.get("best")
     if best and not checkpoint.path_of(session.folder, best["step"]).is_dir():
         session.display.say(f"the best weights (step {best['step']}) are gone; the best is looked for anew")
         del session.state["best"]
-
-
-def _assemble(recipe: Recipe, display: Display) -> Run:
-    with display.working("preparing model and data") as bar:
-
-        def progress(what: str, done: int) -> None:
-            if bar is not None:
-                bar.update(bar.task_ids[0], description=f"{what} {done:,} rows")
-
-        return build.assemble(recipe, progress=progress)
 
 
 def _peak(run: Run) -> float | None:
@@ -161,6 +166,7 @@ def _stoppable() -> Iterator[list[int]]:
 
 def _report(session: _Session, result: StepResult) -> None:
     run = session.run
+    launch.alive(run.step)
     session.recent.append(result)
     if len(session.recent) == 2 and session.recent[0].step == 1:
         session.recent.popleft()  # the first step compiles
@@ -298,53 +304,3 @@ def _compared(session: _Session) -> list[dict[str, str]]:
     for pair in pairs:
         session.display.sample(pair)
     return pairs
-
-
-def evaluate(folder: Path, split: str | None = None, *, quiet: bool = False) -> dict[str, Any]:
-    """Measure a finished run's model, and draw what can be drawn; gives what ``--json`` prints.
-
-    Args:
-        split: held_out or test; by default test where there is one.
-
-    Raises:
-        InputError: the run has no such data.
-    """
-    from trainwright.report import curves  # NOTE: here, because training needn't wait for matplotlib
-
-    recipe = runfolder.finished(folder)
-    with Display(quiet) as display:
-        started = time.perf_counter()
-        run = _assemble(recipe, display)
-        split = split or ("test" if "test" in run.splits else HELD_OUT)
-        if split not in run.splits:
-            has = f"; it has {', '.join(run.splits)}" if run.splits else ""
-            raise InputError(
-                f"{folder}: its recipe has no {split} data (data.{split} is null){has}, so there is nothing to measure on"
-            )
-        if not runfolder.same_data(folder, run):
-            display.say("NOTE: the data isn't what it was in training: samples of this split may have been trained on")
-        values = loop.evaluate(run, split)
-        rows = [[name, f"{value:.4f}"] for name, value in values.items()]
-        display.table(f"{split.replace('_', '-')} data of {folder}", ["metric", "value"], rows)
-        drawn = [
-            *_draw(run, folder / "plots", split, values),
-            curves.training(folder / "metrics.jsonl", folder / "plots/training.png"),
-        ]
-        for path in drawn:
-            display.say(f"{'picture' if path.suffix == '.png' else 'file'}: {path}")
-    return {
-        "folder": str(folder),
-        "split": split,
-        split: values,
-        "plots": [str(path) for path in drawn],
-        "seconds": time.perf_counter() - started,
-    }
-
-
-@torch.no_grad()
-def _draw(run: Run, folder: Path, split: str, values: dict[str, float]) -> list[Path]:
-    """Pictures of a split, where the kind of data has any."""
-    if run.pictures is None:
-        return []
-    run.model.eval()
-    return run.pictures(folder, split, values)

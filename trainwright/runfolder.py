@@ -14,6 +14,7 @@ from trainwright.recipe import DECODER, Init, InputError, Recipe
 from trainwright.recipe.file import dump, load
 
 MODEL = "model"
+FREE = ("training.steps", "training.epochs", "training.micro_batch_size")  # what may change when resuming
 RANKS = "ranks"  # logs of the processes, which a launcher makes
 
 
@@ -54,12 +55,12 @@ def _unwritable(folder: Path, why: str) -> InputError:
 
 
 def _same_recipe(stored: Recipe, recipe: Recipe, folder: Path) -> None:
-    """How long to train may change when resuming; nothing else may."""
+    """How long to train may change when resuming, and how many processes share the work; nothing else may."""
     old, new = (r.model_dump(mode="json") for r in (stored, recipe))
-    for section in ("run", "checkpoint", "tracking"):
+    for section in ("run", "checkpoint", "tracking", "parallel"):
         old.pop(section), new.pop(section)
     old["seed"], new["seed"] = stored.run.seed, recipe.run.seed
-    if different := [path for path in _differences(old, new, "") if path not in ("training.steps", "training.epochs")]:
+    if different := [path for path in _differences(old, new, "") if path not in FREE]:
         shown = ", ".join(different[:4])
         raise InputError(f"{folder} holds the run of another recipe (different: {shown}); set run.folder to another place")
 

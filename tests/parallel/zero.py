@@ -61,12 +61,13 @@ class Conv(nn.Module):
 
 
 class Ways(nn.Module):
-    """Some samples take one way, some another, and one parameter is on none."""
+    """Some samples take one way, some another, and one parameter may be on none."""
 
-    def __init__(self) -> None:
+    def __init__(self, unused: bool) -> None:
         super().__init__()
         self.ways = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
-        self.never = nn.Parameter(torch.ones(3, 2))
+        if unused:
+            self.never = nn.Parameter(torch.ones(3, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         total = x * 0
@@ -80,10 +81,10 @@ class Ways(nn.Module):
 class Branches(nn.Module):
     """A unit of which each process uses another part, and a view of its output."""
 
-    def __init__(self) -> None:
+    def __init__(self, unused: bool = True) -> None:
         super().__init__()
         self.first = nn.Linear(6, 6)
-        self.ways = Ways()
+        self.ways = Ways(unused)
         self.head = nn.Linear(6, 4)
 
     def blocks(self) -> list[nn.Module]:
@@ -94,7 +95,7 @@ class Branches(nn.Module):
 
 
 def make(name: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
-    """decoder[-tied][-lora|-partial|-head], mlp, conv[-last][-vector], branches: the same values each time."""
+    """decoder[-tied][-lora|-partial|-head], mlp, conv[-last][-vector], branches[-unused]: the same values each time."""
     torch.manual_seed(0)
     kind, *ways = name.split("-")
     if kind == "decoder":
@@ -116,7 +117,7 @@ def make(name: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
         model = Conv("vector" not in ways)
         model.to(memory_format=torch.channels_last) if "last" in ways else None
     else:
-        model = Branches()
+        model = Branches("unused" in ways)
     model = model.to(dtype).to(device)
     if isinstance(model, Decoder):
         model.tie()  # what .to("meta") undoes
@@ -137,7 +138,7 @@ def samples(name: str, step: int, micro: int, count: int, dtype: torch.dtype) ->
         tokens = torch.randint(VOCABULARY, (count, LENGTH + 1), generator=generator)
         labels = tokens[:, 1:].where(torch.rand(count, LENGTH, generator=generator) < 0.7, -100)
         return tokens[:, :-1], labels
-    shape = {"mlp": (5,), "branches": (6,)}.get(name, (3, 4, 4))
+    shape = {"mlp": (5,), "branches": (6,)}.get(name.partition("-")[0], (3, 4, 4))
     return torch.randn(count, *shape, generator=generator, dtype=dtype), torch.randint(4, (count,), generator=generator)
 
 

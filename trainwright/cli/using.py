@@ -27,9 +27,9 @@ def evaluate(
 
     def work() -> Result:
         folder = run_folder(run)
-        from trainwright import fit
+        from trainwright import evaluation
 
-        return fit.evaluate(folder, split)
+        return evaluation.evaluate(folder, split)
 
     return Job(work, as_json)
 
