@@ -7,7 +7,7 @@ fsdp2            FSDP2 a decoder layer at a time, compiled; bfloat16 with float3
 fsdp2_pure_bf16  the same with weights, gradients and AdamW's states in bfloat16: other training in half the memory
 fsdp2_sdpa       fsdp2 with PyTorch's attention rather than the plain one
 fsdp2_eager      fsdp2 uncompiled
-deepspeed        DeepSpeed stage 3, bfloat16 with float32 masters, compiled
+deepspeed        DeepSpeed stage 3, bfloat16 with float32 masters (made from weights already rounded to bfloat16), compiled
 deepspeed_eager  the same uncompiled
 
 The loop is the one of accelerate's tutorials. Rank 0 puts one JSON document on stdout, a list of what each rank found; all
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, TorchDynamoPlugin
+from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.machine import peak_resident_bytes, resident_bytes
@@ -118,6 +119,7 @@ def train(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     model = LlamaForCausalLM.from_pretrained(options.work / "base", dtype=kind, attn_implementation=settings.attention)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
+    assert all(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()), "nothing was divided"
     model.train()
     step, seconds, losses = one_step(accelerator, model, optimizer), [], []
     for batch in batches(options):

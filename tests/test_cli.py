@@ -131,7 +131,7 @@ def test_train_reads_the_recipe_and_calls_once(fake: Fake, recipe: str, capsys: 
 
 
 def test_evaluate_takes_a_run(fake: Fake, finished: str) -> None:
-    calls = fake("fit", "evaluate")
+    calls = fake("evaluation", "evaluate")
     assert run(["evaluate", finished]) == 0
     assert calls == [{"args": (Path(finished), None)}]
 

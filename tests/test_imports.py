@@ -29,11 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     **{name: {"recipe"} for name in ("optim", "schedules", "stopping")},
     **{name: {"recipe"} for name in ("tracking", "flops", "machine")},
     "checkpoint": {"recipe", "pieces", "checkpoint"},
-    "launch": {"recipe", "launch_ranks", "launch_start"},
-    "launch_script": {"recipe", "launch"},
-    "launch_start": {"recipe", "launch", "launch_agent", "launch_ranks"},
-    "launch_agent": {"recipe", "launch", "launch_ranks"},
-    "launch_ranks": {"recipe"},
+    "launch": {"recipe", "launch"},
     "importing": {"recipe", "importing"},
     **{name: {"recipe", "models.contract", "pieces", name} for name in TECHNIQUES},
     "parallel": {"recipe", "models.contract", "pieces", "parallel"},
@@ -55,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "build": BELOW_BUILD,
     **dict.fromkeys(VERBS, BELOW_VERBS),
     "fit": {*BELOW_VERBS, "launch"},
-    "cli": {"cli", "recipe", "sampling", "build", "launch", "launch_start", "launch_script", "importing", *VERBS},
+    "cli": {"cli", "recipe", "sampling", "build", "launch", "importing", *VERBS},
     "__main__": {"recipe", "cli", "launch"},
 }
 HEAVY = {"torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers", "tensorboard"}

@@ -18,8 +18,11 @@ import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from trainwright import launch, launch_ranks, launch_start
-from trainwright.launch_ranks import Beat, Failure
+from trainwright import launch
+from trainwright.launch import ranks as launch_ranks
+from trainwright.launch import start as launch_start
+from trainwright.launch import worker
+from trainwright.launch.ranks import Beat, Failure
 from trainwright.recipe import InputError, RunError
 
 ROOT = Path(__file__).parents[1]
@@ -306,7 +309,7 @@ def test_gpus_must_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match="process 3 of this machine has no GPU of its own, there are 2: --nproc 2"):
-        launch._initialise(torch.device("cuda"))
+        worker._initialise(torch.device("cuda"))
 
 
 def test_failures_are_written_so_that_elastic_reads_them_too(tmp_path: Path) -> None:
@@ -443,5 +446,7 @@ def test_a_value_that_a_rank_does_not_have() -> None:
 
 
 def test_launching_needs_no_torch() -> None:
-    code = "import sys; from trainwright import launch, launch_script; assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from trainwright import launch; from trainwright.launch import script; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainwright import launch_script
+from trainwright.launch import script as launch_script
 from trainwright.recipe import InputError
 
 SLURM = pytest.mark.parametrize("slurm", [True, False], ids=["slurm", "torchrun"])

@@ -33,7 +33,8 @@ def fill(built: Built, recipe: Recipe) -> Places:
     _mark(model, blank)
     places = Places(built.mesh, early or sharing.alone(model), built.division.pieces, built.division.copies)
     materialise(built, recipe, blank, places)
-    built.changes.append(layout.apply(model))
+    if early is None:  # parts of divided parameters stay contiguous
+        built.changes.append(layout.apply(model))
     built.changes.extend(spread.join_statistics(model, built.mesh))
     built.changes.append(compile_blocks(built, recipe))
     shared = early or (spread.share(model, recipe, built.mesh, device) if ours else sharing.alone(model))

@@ -30,24 +30,24 @@ def train(
 ) -> Job:
     """Train what a recipe says, into its run folder. Under torchrun or accelerate launch, join their processes."""
 
+    from trainwright import launch
+
     def work() -> Result | int:
         settings = load_recipe(recipe, overrides)
-        from trainwright import launch
         from trainwright.recipe import InputError
 
         if launch.joined():
             return _train_joined(settings, resume)
         if nproc is not None:
-            from trainwright import launch_start
-
-            return launch_start.run(sys.argv[1:], nproc, max_restarts=max_restarts, folder=folder_of(settings))
+            return launch.run(sys.argv[1:], nproc, max_restarts=max_restarts, folder=folder_of(settings))
         if max_restarts:
             raise InputError("--max-restarts needs --nproc; one process alone is started again with --resume")
         from trainwright import fit
 
         return fit.train(settings, resume=resume)
 
-    return Job(work, as_json)
+    # The processes that are started here print their document themselves.
+    return Job(work, as_json and (nproc is None or launch.joined()))
 
 
 def _train_joined(settings: Recipe, resume: bool) -> Result | int:
@@ -79,7 +79,7 @@ def launch_script(
 
     def work() -> Result:
         settings = load_recipe(recipe, overrides)
-        from trainwright import launch_script as scripts
+        from trainwright.launch import script as scripts
         from trainwright.recipe import InputError
 
         if slurm == torchrun:

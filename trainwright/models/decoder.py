@@ -139,8 +139,7 @@ class Attention(nn.Module):
 
     def merge(self, out: Tensor) -> Tensor:
         """(rows, KV heads, length, group, head_dim) through the output projection, (rows, length, hidden)."""
-        rows, _, length, _, _ = out.shape
-        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor) -> Tensor:
         return self.merge(attention(*self.project(x, cos, sin), documents))

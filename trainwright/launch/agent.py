@@ -22,8 +22,8 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, Signa
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
-from trainwright import launch_ranks as ranks
-from trainwright.launch_ranks import INTERRUPTED, WRONG_INPUT, Beat, Failure
+from trainwright.launch import ranks
+from trainwright.launch.ranks import INTERRUPTED, WRONG_INPUT, Beat, Failure
 
 _LOOK = 1.0  # seconds between two looks at the heartbeats
 

@@ -17,9 +17,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainwright import launch_ranks as ranks
-from trainwright.launch_ranks import FAILED, LAUNCHER, PLACE, RANKS, Failure
-from trainwright.launch_start import run
+from trainwright.launch import ranks
+from trainwright.launch.ranks import FAILED, LAUNCHER, PLACE, RANKS, Failure
+from trainwright.launch.start import run
 from trainwright.recipe import InputError, RunError
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainwright import launch_ranks as ranks
-from trainwright.launch_ranks import FAILED, INTERRUPTED, LAUNCHER, PLACE, RANKS
+from trainwright.launch import ranks
+from trainwright.launch.ranks import FAILED, INTERRUPTED, LAUNCHER, PLACE, RANKS
 from trainwright.recipe import InputError
 
 if TYPE_CHECKING:
-    from trainwright.launch_agent import Ended
+    from trainwright.launch.agent import Ended
 
 _OURS = {"--nproc": 1, "--max-restarts": 1}  # options that the workers don't get, and how many values each has
 
@@ -49,10 +49,10 @@ def run(
         raise InputError(f"--nproc {nproc} --max-restarts {max_restarts}: at least 1 process and 0 restarts, please")
     limit = ranks.timeout()
     made, place = _make(folder)
-    from trainwright import launch_agent
+    from trainwright.launch import agent
 
-    ended = launch_agent.run(
-        launch_agent.Job(module, _without_ours(arguments), nproc, max_restarts, place, limit, _environment(nproc, place), _say)
+    ended = agent.run(
+        agent.Job(module, _without_ours(arguments), nproc, max_restarts, place, limit, _environment(nproc, place), _say)
     )
     code, message = _outcome(ended, place)
     if code == ranks.WRONG_INPUT:
