@@ -289,6 +289,7 @@ def timed(run: loop.Run, warmup: int) -> dict[str, Any]:
     return {
         "per_second": results[-1].size / seconds,
         "median_step_seconds": seconds,
+        "seconds_per_step": [result.seconds for result in results],
         "losses": [result.loss for result in results],
         "threads": torch.get_num_threads(),
         "changes": {change.technique: change.summary for change in run.changes},

@@ -142,6 +142,8 @@ def compare_scaling(case: str, options: argparse.Namespace) -> Found:
     for name, shown in zip(("one", "two"), WHO, strict=True):
         result[f"{UNIT[case]}_per_second_{shown}"] = median(rounds, name, "per_second")
         result[f"memory_growth_gib_{shown}"] = median(rounds, name, "memory_growth_bytes") / 2**30
+        result[f"seconds_per_step_{shown}"] = [found[name]["seconds_per_step"] for found in rounds]
+        result[f"losses_{shown}"] = rounds[0][name]["losses"]
     losses = [rounds[0][name]["losses"] for name in ("one", "two")]
     return result | {"largest_loss_difference": largest_difference(*losses), "changes": rounds[0]["two"]["changes"]}
 
@@ -192,6 +194,7 @@ def figures(rounds: list[Found], name: str) -> Found:
     return {
         "tokens_per_second": median(rounds, name, "per_second"),
         "memory_growth_gib": median(rounds, name, "memory_growth_bytes") / 2**30,
+        "seconds_per_step": [found[name]["seconds_per_step"] for found in rounds if name in found],
         "losses": rounds[0][name]["losses"],
     }
 

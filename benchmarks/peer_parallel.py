@@ -132,6 +132,7 @@ def train(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "per_second": ROWS * LENGTH * dist.get_world_size() / median,
         "median_step_seconds": median,
+        "seconds_per_step": seconds,
         "losses": (means / dist.get_world_size()).tolist(),
         "threads": torch.get_num_threads(),
     }

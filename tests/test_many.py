@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from tests import ranks, tiny
 from tests.importing.files import ACCELERATE, DEEPSPEED
-from trainwright import fit
-from trainwright.recipe.file import dump
+from trainwright import evaluation, fit
+from trainwright.recipe import Parallel
+from trainwright.recipe.file import dump, load
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -71,6 +72,10 @@ def test_a_run_goes_on_in_any_other_layout(tmp_path):
         ranks.run(count, trained, folder, steps, True, {**rest, **parallel})
     found = trained(folder, 10, True, rest)
     assert found == pytest.approx(expected, rel=1e-5)
+    recipe = tmp_path / "many" / "run" / "recipe.yaml"
+    recipe.write_text(dump(load(recipe).model_copy(update={"parallel": Parallel(tensor=2)})))
+    measured = evaluation.evaluate(tmp_path / "many" / "run", quiet=True)
+    assert measured["held_out"]["loss"] < expected[0], "evaluated by one process, whatever trained it"
     ours, theirs = (load_file(tmp_path / name / "run" / "model" / "model.safetensors") for name in ("many", "alone"))
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -136,6 +141,32 @@ def _kill_rank(rank: int, launcher: int, run: Path) -> None:
             os.kill(int(place.name), signal.SIGKILL)
             return
     raise AssertionError(f"no process of rank {rank} found below {launcher}")
+
+
+def _differing(folder: str, what: str) -> None:
+    rank = dist.get_rank()
+    changes = {"optimizer__learning_rate": 0.01 + 0.01 * rank} if what == "recipe" else {}
+    recipe = tiny.recipe(Path(folder), **changes)
+    source = Path(folder) / f"pairs{rank}.jsonl"
+    if what == "data":
+        section = recipe.data.model_copy(update={"source": str(source), "cache": str(Path(folder) / f"cache{rank}")})
+        kept = fit._essence
+        fit._essence = lambda recipe: "the same"
+        recipe = recipe.model_copy(update={"data": section})
+    try:
+        fit.train(recipe, quiet=True, rank=rank)
+    finally:
+        if what == "data":
+            fit._essence = kept
+
+
+@pytest.mark.parametrize("what", ["recipe", "data"])
+def test_ranks_that_disagree_are_refused(what, tmp_path):
+    tiny.model(tmp_path / "base"), tiny.pairs(tmp_path / "pairs.jsonl")
+    tiny.pairs(tmp_path / "pairs0.jsonl", 40), tiny.pairs(tmp_path / "pairs1.jsonl", 41)
+    with pytest.raises(ranks.RankError, match=f"InputError: the ranks don't agree on the {what}"):
+        ranks.run(2, _differing, str(tmp_path), what)
+    assert not (tmp_path / "run").exists()
 
 
 WRONG = {

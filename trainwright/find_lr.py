@@ -14,7 +14,7 @@ import torch
 
 from trainwright import build
 from trainwright.loop import Run, seed
-from trainwright.recipe import InputError, Recipe
+from trainwright.recipe import InputError, Parallel, Recipe
 from trainwright.report import curves
 
 SMOOTHING = 0.9  # a memory of about ten steps: more would move what is found towards higher rates
@@ -138,7 +138,7 @@ def _kept(run: Run) -> Iterator[None]:
 
 
 def main(recipe: Recipe, *, start: float, end: float, steps: int, out: Path) -> dict[str, Any]:
-    """The verb: the test on a recipe's run, and its picture; gives what ``--json`` prints."""
-    run = build.assemble(recipe)
+    """The verb: the test on a recipe's run in one process, and its picture; gives what ``--json`` prints."""
+    run = build.assemble(recipe.model_copy(update={"parallel": Parallel()}))
     result = find_lr(run, start=start, end=end, steps=steps)
     return {**result, "picture": str(curves.find_lr(result, out))}

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainwright import checkpoint, tracking
 from trainwright.loop import Run
-from trainwright.recipe import DECODER, Init, InputError, Recipe
+from trainwright.recipe import DECODER, Init, InputError, Parallel, Recipe
 from trainwright.recipe.file import dump, load
 
 MODEL = "model"
@@ -84,12 +84,12 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def finished(folder: Path) -> Recipe:
-    """The recipe that builds a run's final model: the same, starting from what was saved.
+    """The recipe that builds a run's final model in one process: the same, starting from what was saved.
 
     Raises:
         InputError: the run hasn't finished.
     """
-    recipe = read_recipe(folder)
+    recipe = read_recipe(folder).model_copy(update={"parallel": Parallel()})
     model = model_of(folder)
     if not model.is_dir():
         raise InputError(

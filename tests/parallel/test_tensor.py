@@ -292,7 +292,7 @@ def test_logits_have_gradients_too(sequence):
     ranks.run(3, through_logits, sequence)
 
 
-COLLECTIVES = ("all_reduce", "all_gather_single", "reduce_scatter_single")
+COLLECTIVES = ("all_reduce", "all_gather_single", "all_to_all_single")
 
 
 def count(sequence: bool, layers: int):
@@ -329,7 +329,7 @@ def test_two_collectives_a_block_and_direction():
         assert forward == {("all_reduce", size, dtype): 2 * layers + 1}
         assert backward == {("all_reduce", size, dtype): 2 * layers + 1}
         forward, backward = ranks.run(2, count, True, layers)[1]
-        each = {("all_gather_single", size, dtype): 2 * layers + 1, ("reduce_scatter_single", size, dtype): 2 * layers + 1}
+        each = {("all_gather_single", size, dtype): 2 * layers + 1, ("all_to_all_single", size, dtype): 2 * layers + 1}
         assert forward == each
         assert backward == each
 

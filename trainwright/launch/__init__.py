@@ -1,4 +1,4 @@
-"""Processes of one run: ``start`` and ``agent`` start and watch them, ``worker`` is what each calls, ``script`` is for clusters."""
+"""Processes of one run: ``start`` and ``agent`` start and watch them, each calls ``worker``; ``script`` is for clusters."""
 
 from trainwright.launch.start import run
 from trainwright.launch.worker import alive, disagreement, joined, log_to, processes, rank, restarted, restarts, tell

@@ -109,7 +109,8 @@ class Meter:
             # NOTE: a rank that answers from its cache doesn't gather, and the others would wait for it.
             measure.metric.compute_with_cache = False
             measure.metric.process_group = group
-            measure.metric.sync_on_compute = group is not None
+            # NOTE: not sync_on_compute, which is looked at only when a metric is made.
+            measure.metric.distributed_available_fn = lambda: group is not None
 
     @torch.no_grad()
     def update(self, outputs: Tensor, targets: Tensor) -> None:

@@ -64,6 +64,10 @@ def scattered(x: Tensor, axis: Axis) -> Tensor:
     """This process's part of the length of the sum over the processes."""
     assert x.shape[LENGTH] % axis.size == 0, f"a length of {x.shape[LENGTH]} for {axis.size} processes"
     parts = x.unflatten(LENGTH, (axis.size, -1)).movedim(LENGTH, 0).contiguous()
+    if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter is an all-reduce, which sends twice as much
+        terms = torch.empty_like(parts)
+        dist.all_to_all_single(terms.flatten(0, 1), parts.flatten(0, 1), group=axis.group)
+        return terms.sum(0)
     out = torch.empty_like(parts[0])
     dist.reduce_scatter_single(out, parts.flatten(0, 1), group=axis.group)
     return out
