@@ -82,6 +82,24 @@ def test_a_run_goes_on_in_any_other_layout(tmp_path):
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("method", ["lora", "partial"])
+def test_frozen_parameters_come_back_as_they_were(method, tmp_path):
+    """ZeRO 3 divides frozen parameters, too, and checkpoints hold only what learns."""
+    section = {"method": "lora", "rank": 2} if method == "lora" else {"method": "partial", "train": ["*mlp*"]}
+    rest = {"adapt": section, "evaluation__before": False, "schedule": {"name": "constant"}}
+    for name in ("alone", "many"):
+        (tmp_path / name).mkdir()
+        tiny.model(tmp_path / name / "base")
+        tiny.pairs(tmp_path / name / "pairs.jsonl")
+    expected = trained(str(tmp_path / "alone"), 4, False, rest)
+    folder = str(tmp_path / "many")
+    ranks.run(2, trained, folder, 2, False, {**rest, "parallel__zero": 3})
+    found = ranks.run(2, trained, folder, 4, True, {**rest, "parallel__zero": 3})[0]
+    assert found == pytest.approx(expected, rel=1e-5)
+    loss = [evaluation.evaluate(tmp_path / name / "run", quiet=True)["held_out"]["loss"] for name in ("many", "alone")]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-5)
+
+
 def test_the_course_files_train_a_llama_in_five_processes(tmp_path):
     """ZeRO 3 by DeepSpeed with a global batch of 40, from files that people have; the export is whole."""
     tiny.model(tmp_path / "base"), tiny.pairs(tmp_path / "pairs.jsonl", 90)

@@ -84,6 +84,10 @@ class Batches(Protocol):
     def steps_per_epoch(self) -> int:
         """Steps in which every row is seen once."""
 
+    @property
+    def micro_batches(self) -> int:
+        """Of a whole batch, in each process."""
+
     def batch(self, step: int) -> Sequence[Batch]:
         """The micro-batches of an optimizer step, from 0."""
 

@@ -197,12 +197,15 @@ def _take_step(run: Run) -> StepResult:
     )
 
 
+STREAM = 0x9E3779B1  # far from any other step's seed, also in the 32 bits that the CPU's generator looks at
+
+
 def seed(run: Run, step: int) -> None:
     """Seed the generators that a step draws from: dropout's masks are a function of (seed, step) too.
 
     NOTE: not ``torch.manual_seed``, which notes a stack trace at each call as long as CUDA is there but unused.
     """
-    number = run.recipe.run.seed * 1_000_003 + step + (run.stream << 52)
+    number = run.recipe.run.seed * 1_000_003 + step + run.stream * STREAM
     torch.default_generator.manual_seed(number)
     if run.device.type != "cpu":
         torch.get_device_module(run.device).manual_seed(number)

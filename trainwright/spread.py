@@ -61,18 +61,12 @@ def divide(model: nn.Module, recipe: Recipe, mesh: Mesh) -> tuple[Division, list
         division = replace(division, pieces=found.pieces, partial=found.partial, head=found.head)
         changes.append(found.change)
     if mesh.pipeline.size > 1:
-        split = pipeline.apply(model, mesh.pipeline, recipe.parallel.schedule, micro_batches=_micro_batches(recipe, mesh))
+        split = pipeline.apply(model, mesh.pipeline, recipe.parallel.schedule)
         copied = {name: division.pieces[known] for name, known in split.copies.items() if known in division.pieces}
         division = replace(division, split=split, pieces={**division.pieces, **copied})
         changes.append(split.change)
         _check_stage(model, mesh)
     return division, changes
-
-
-def _micro_batches(recipe: Recipe, mesh: Mesh) -> int | None:
-    """Of a step of each process, where the recipe says how large they are."""
-    size = recipe.training.micro_batch_size
-    return recipe.training.batch_size // (size * mesh.data.size) if size else None
 
 
 def _check_stage(model: nn.Module, mesh: Mesh) -> None:

@@ -13,6 +13,8 @@ from trainwright.built import Built, Part
 from trainwright.loop import Batch, Extra, Stored, Updates, accumulate, count_all
 from trainwright.parallel import collectives, pipeline_run
 from trainwright.parallel.mesh import Mesh
+from trainwright.parallel.pipeline import Split
+from trainwright.parallel.pipeline_split import bubble
 from trainwright.pieces import Held
 from trainwright.recipe import Recipe
 from trainwright.state import Places
@@ -62,6 +64,7 @@ def pipelined(recipe: Recipe, built: Built, part: Part, places: Places, extra: E
     sharing, mesh, division = places.sharing, places.mesh, built.division
     assert division.split is not None
     total = spread.summing(mesh.data, built.device)
+    part.notes.append(_idle(division.split, mesh, part.batches.micro_batches))
     pipe = pipeline_run.make(
         division.split, built.model, mesh.pipeline, part.forward, part.sums, part.shape, built.device, sharing.portion
     )
@@ -80,6 +83,11 @@ def pipelined(recipe: Recipe, built: Built, part: Part, places: Places, extra: E
         return collectives.send_json(found, _last_stage(mesh), built.device)
 
     return _stepping(recipe, built, places, extra, forward_backward, measure)
+
+
+def _idle(split: Split, mesh: Mesh, count: int) -> str:
+    share = bubble(mesh.pipeline.size, count, len(split.mine))
+    return f"pipeline: processes idle {share:.1%} of a step of {count} micro-batches; more of them (smaller ones) idle less"
 
 
 def _drained(pairs: Pairs) -> dict[str, float]:

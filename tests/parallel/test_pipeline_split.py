@@ -226,10 +226,9 @@ def test_bubble_of_a_simulated_forward(processes: int, count: int, virtual: int)
 
 
 def test_the_change_tells_stages_and_idling() -> None:
-    shown = pipeline.apply(decoder(), Axis(2, 0), "1f1b", micro_batches=4).change.summary
+    shown = pipeline.apply(decoder(), Axis(2, 0), "1f1b").change.summary
     assert shown == (
-        "2 stages on 2 processes, schedule 1f1b, idle 20.0% of a step of 4; "
-        "0: model.embed_tokens to model.layers.2; 1: model.layers.3 to lm_head"
+        "2 stages on 2 processes, schedule 1f1b; 0: model.embed_tokens to model.layers.2; 1: model.layers.3 to lm_head"
     )
 
 

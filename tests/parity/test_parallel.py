@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests import tiny
+from tests import ranks, tiny
 from tests.parity import together
+from trainwright import build, loop
 from trainwright.recipe import InputError
 
 SGD = {"optimizer": {"name": "sgd", "momentum": 0.9, "learning_rate": 0.05}}
@@ -75,6 +77,21 @@ def test_decoders(name, layout, folder, alone):
     together.agree(first, alone("text", changes))
     for other in others:
         assert (other.losses, other.norms, other.held_out) == (first.losses, first.norms, first.held_out)
+
+
+def _draw(folder: str, parallel: dict[str, Any]) -> tuple[list[float], list[str]]:
+    run = build.assemble(tiny.recipe(Path(folder), training__micro_batch_size=1, **parallel))
+    loop.seed(run, 0)
+    return torch.rand(4).tolist(), run.notes
+
+
+def test_random_numbers_differ_where_the_data_does(folder):
+    """Dropout has other masks for other samples and stages, and the same for the parts of one product."""
+    assert _draw(str(folder), {})[0] == ranks.run(2, _draw, str(folder), {})[0][0], "the first process's are those of one alone"
+    for parallel, same in (({}, False), ({"parallel__tensor": 2}, True), ({"parallel__pipeline": 2}, False)):
+        (first, _), (second, notes) = ranks.run(2, _draw, str(folder), parallel)
+        assert (first == second) is same
+    assert any("processes idle 20.0% of a step of 4 micro-batches" in note for note in notes)
 
 
 REFUSED = ("parallel__tensor", "parallel__pipeline")  # for models with BatchNorm, or without a plan

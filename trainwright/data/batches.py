@@ -55,6 +55,10 @@ class SampleBatches:
     def steps_per_epoch(self) -> int:
         return sampler.steps_per_epoch(len(self.examples), self.batch_size)
 
+    @property
+    def micro_batches(self) -> int:
+        return len(self._parts(self.batch_size))
+
     def batch(self, step: int) -> list[SampleBatch]:
         """The micro-batches of an optimizer step (from 0), fewer or smaller at the end of an epoch."""
         ids = self._ids(step)

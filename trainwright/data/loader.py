@@ -123,6 +123,10 @@ class Loader:
         self.share = share
         self.steps_per_epoch = sampler.steps_per_epoch(len(rows), batch_size)
 
+    @property
+    def micro_batches(self) -> int:
+        return len(sampler.micro_batches(self.batch_size, self.micro_batch_size, self.share))
+
     def batch(self, step: int) -> list[TextBatch]:
         """The micro-batches of an optimizer step (from 0), fewer at the end of an epoch, all of the same shape."""
         ids = self._row_ids(step)

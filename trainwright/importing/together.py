@@ -157,9 +157,11 @@ def _initialized_whole(all_: Together) -> None:
     if stage == 3 and not flag:
         count = f"{all_.processes} processes would each hold" if all_.processes else "each process would hold"
         what = f"false at stage 3: {count} the whole model before dividing it"
-        reading.tell("warning", key, what, "here no process ever holds more than its part and a block", "parallel.zero")
+        fix = "so it is here with engine: deepspeed; with engine: torch no process ever holds more than its part and a block"
+        reading.tell("warning", key, what, fix, "parallel.zero")
     elif stage == 3:
-        reading.tell("note", key, "true: no process ever holds the whole model here, always", about="parallel.zero")
+        what = "true: here only with engine: torch, always; with engine: deepspeed each process holds the whole model at first"
+        reading.tell("warning", key, what, "set parallel.engine: torch", about="parallel.zero")
     else:
         reading.tell("note", key, f"{shown(flag)}: has an effect at stage 3 only, and this is stage {stage}")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trainwright.models.contract import Absent, Change
 from trainwright.parallel.mesh import Axis
-from trainwright.parallel.pipeline_split import bubble, split
+from trainwright.parallel.pipeline_split import split
 from trainwright.pieces import local
 
 Schedule = Literal["1f1b", "gpipe", "interleaved"]
@@ -60,16 +60,13 @@ class Split:
         return len(self.parts) - 1 in self.mine
 
 
-def apply(
-    model: nn.Module, axis: Axis, schedule: Schedule, *, virtual: int | None = None, micro_batches: int | None = None
-) -> Split:
+def apply(model: nn.Module, axis: Axis, schedule: Schedule, *, virtual: int | None = None) -> Split:
     """Replace the parts of other processes by ``Absent``: on the meta device they were never there.
 
     Comes after what decides which parameters learn (adapt), and after their shapes are final (tensor parallelism).
 
     Args:
         virtual: stages of each process where the schedule is interleaved; 2 by default.
-        micro_batches: of a step, for the summary.
 
     Raises:
         InputError: the model can't be cut, or not into so many stages.
@@ -83,7 +80,7 @@ def apply(
     for name, places in where(model, [name for stage in stages for name in stage]).items():
         if name not in kept:
             put(places, Absent())
-    summary = _summary(stages, axis.size, schedule, each, micro_batches)
+    summary = _summary(stages, axis.size, schedule)
     change = Change("pipeline", summary, tuple(name for stage in stages for name in stage if name in kept))
     return Split(change, tuple(map(tuple, stages)), mine, flows, shared, schedule)
 
@@ -177,7 +174,6 @@ def _ends(model: nn.Module, stages: Sequence[Sequence[str]], axis: Axis) -> Iter
             yield Shared(homes[axis.index], same[0], others[0])
 
 
-def _summary(stages: list[list[str]], size: int, schedule: str, each: int, micro_batches: int | None) -> str:
+def _summary(stages: list[list[str]], size: int, schedule: str) -> str:
     shown = "; ".join(f"{place}: {parts[0]}" + f" to {parts[-1]}" * (len(parts) > 1) for place, parts in enumerate(stages))
-    idle = f", idle {bubble(size, micro_batches, each):.1%} of a step of {micro_batches}" if micro_batches else ""
-    return f"{len(stages)} stages on {size} processes, schedule {schedule}{idle}; {shown}"
+    return f"{len(stages)} stages on {size} processes, schedule {schedule}; {shown}"
