@@ -29,6 +29,7 @@ check: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.finetune
 	$(BIN)/python -m benchmarks.images
+	$(BIN)/python -m benchmarks.parallel
 
 # Writes the versions that this environment holds; run it after upgrading on purpose.
 lock: $(INSTALLED)

@@ -102,7 +102,7 @@ def make(name: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
         model: nn.Module = Decoder(decoder_config("tied" in ways))
         if "lora" in ways:
             lora.apply(model, Lora(method="lora", rank=3))
-            lora.initialize(model)
+            lora.initialize(model, 0)
             for _, layer in lora.adapted(model):
                 nn.init.normal_(layer.lora_B)
         if "partial" in ways:
