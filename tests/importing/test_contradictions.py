@@ -203,7 +203,7 @@ def test_gathering_at_its_right_place(tmp_path: Path) -> None:
     acc = {**DEEP, "deepspeed_config": {"zero_stage": 3, "zero3_save_16bit_model": False, "zero3_init_flag": True}}
     found = imported(tmp_path, acc=acc)
     assert "empty weights" in one(found, "deepspeed_config.zero3_save_16bit_model", "warning")
-    assert "always" in one(found, "deepspeed_config.zero3_init_flag", "note")
+    assert "always" in one(found, "deepspeed_config.zero3_init_flag", "warning")
 
 
 def test_misplaced_and_unknown_keys(tmp_path: Path) -> None:
