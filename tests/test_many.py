@@ -54,7 +54,7 @@ def trained(folder: str, steps: int, resume: bool, changes: dict) -> list[float]
 
 
 def test_a_run_goes_on_in_any_other_layout(tmp_path):
-    """One process, then ZeRO 3 on four, then tensor x pipeline on four, then DeepSpeed, then one again."""
+    """One process, then ZeRO 3 on four, tensor x pipeline on four, ZeRO 1 on two, one again; with averaged weights."""
     rest = {"training__batch_size": 8, "schedule": {"name": "constant"}, "evaluation__before": False}
     rest |= {"training__ema": {"decay": 0.9}}
     for name in ("alone", "many"):
@@ -80,6 +80,20 @@ def test_a_run_goes_on_in_any_other_layout(tmp_path):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_goes_on_from_torch_to_deepspeed_and_back(stage, tmp_path):
+    rest = {"training__batch_size": 8, "schedule": {"name": "constant"}, "evaluation__before": False}
+    for name in ("alone", "many"):
+        (tmp_path / name).mkdir()
+        tiny.model(tmp_path / name / "base")
+        tiny.pairs(tmp_path / name / "pairs.jsonl")
+    expected = trained(str(tmp_path / "alone"), 6, False, rest)
+    folder = str(tmp_path / "many")
+    trained(folder, 2, False, rest)
+    ranks.run(2, trained, folder, 4, True, {**rest, "parallel": {"engine": "deepspeed", "zero": stage}})
+    assert trained(folder, 6, True, rest) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "partial"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -52,9 +53,7 @@ def by_deepspeed(recipe: Recipe, built: Built, part: Part, places: Places, extra
         gradients=lambda: _first(engine, engine.gradients()),
         remember=lambda: _remember(engine),
         recall=lambda stored, everything: _recall(engine, stored, everything),
-        weights=lambda: (
-            _first(engine, ((name, held.tensor) for name, held in deepspeed_state.values(engine))) | _buffers(engine)
-        ),
+        weights=lambda: _first(engine, chain(_values(engine), _saved_buffers(engine))),
     )
 
 
@@ -80,17 +79,21 @@ def _first(engine: Engine, found: Iterable[tuple[str, Tensor]]) -> dict[str, Hel
     return held
 
 
-def _buffers(engine: Engine) -> dict[str, Held]:
-    saved = engine.model.state_dict(keep_vars=True).keys() if engine.stage < 3 else None
-    return _first(engine, ((name, b) for name, b in engine.model.named_buffers() if saved is None or name in saved))
+def _values(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    return ((name, held.tensor) for name, held in deepspeed_state.values(engine))
+
+
+def _saved_buffers(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    saved = engine.model.state_dict(keep_vars=True).keys()
+    return ((name, buffer) for name, buffer in engine.model.named_buffers() if name in saved)
 
 
 def _remember(engine: Engine) -> dict[str, Held]:
     learns = {name for name, p in engine.model.named_parameters() if p.requires_grad}
-    values = ((f"model.{name}", held.tensor) for name, held in deepspeed_state.values(engine) if name in learns)
+    values = ((f"model.{name}", tensor) for name, tensor in _values(engine) if name in learns)
+    buffers = ((f"buffer.{name}", buffer) for name, buffer in engine.model.named_buffers())
     states = ((f"optimizer.{name}.{key}", held.tensor) for name, key, held in deepspeed_state.states(engine))
-    buffers = {f"buffer.{name}": held for name, held in _buffers(engine).items()}
-    return {**_first(engine, values), **buffers, **_first(engine, states)}
+    return _first(engine, chain(values, buffers, states))
 
 
 def _recall(engine: Engine, stored: Stored, everything: bool) -> None:
