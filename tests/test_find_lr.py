@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from tests import tiny
-from trainwright import checkpoint, find_lr, loop, optim
+from trainwright import find_lr, loop, optim
 from trainwright.ema import Average
 from trainwright.recipe import Ema, InputError, Optimizer
 from trainwright.recipe.file import parse
@@ -60,13 +61,13 @@ def everything(run):
     """All that a run is: its tensors, cloned, and the rest."""
     extra = run.extra.state() if run.extra else {}
     state = [dict(run.model.state_dict()), run.optimizer.state_dict(), extra, run.step, run.model.training]
-    return copy.deepcopy(checkpoint.flatten(state))
+    return tree_flatten(copy.deepcopy(state))
 
 
 def assert_same(one, other):
-    assert one[1] == other[1]
-    assert one[0].keys() == other[0].keys()
-    assert all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
+    (leaves, shape), (others, other_shape) = one, other
+    assert shape == other_shape
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(leaves, others, strict=True))
 
 
 def width(path):

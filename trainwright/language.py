@@ -73,7 +73,7 @@ def join(recipe: Recipe, built: Built, data: Data, compiled: bool) -> Part:
         measure=partial(_measure, sums, built),
         measures=LANGUAGE_MODEL,
         shape=lambda batch: tuple(batch.tokens.shape),
-        save=partial(saving.save_model, recipe, built, tokenizer, built.config, {}),
+        save=partial(saving.save_model, recipe, built, saving.Beside(built.config, tokenizer)),
         unit="tokens",
         fingerprint=_fingerprint(splits),
         flops=flops.counter(flops.decoder_work(model, model.config)) if isinstance(model, decoder.Decoder) else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -67,6 +68,11 @@ class Piece:
         """The same box, as a piece of ``outer``, which contains it."""
         start = tuple(mine - its for mine, its in zip(self.start, outer.start, strict=True))
         return Piece(outer.size, start, self.size)
+
+
+def box_of(pieces: Mapping[str, Piece], name: str, tensor: Tensor) -> Piece:
+    """Which box of the whole a named tensor is: what is said of it, else all."""
+    return pieces.get(name) or Piece.all_of(tuple(tensor.shape))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,54 +25,45 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SHARD_BYTES = 5 * 10**9
+Stream = Iterable[tuple[str, Tensor | None]]
 
 
-def save_model(
-    recipe: Recipe,
-    built: Built,
-    tokenizer: PreTrainedTokenizerFast | None,
-    config: dict[str, Any],
-    files: Mapping[str, str],
-    held: Mapping[str, Held],
-    folder: Path,
-) -> None:
+@dataclass(frozen=True)
+class Beside:
+    """What stands beside the tensors: config.json, the tokenizer, and other text files by name."""
+
+    config: dict[str, Any]
+    tokenizer: PreTrainedTokenizerFast | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def save_model(recipe: Recipe, built: Built, beside: Beside, held: Mapping[str, Held], folder: Path) -> None:
     """Write the model in the format of its method, at once or not at all. Every process calls it; the first one writes.
 
     Args:
-        config: what config.json says.
-        files: other text files of the folder, by name.
         held: what this process has of the model.
     """
     chosen = {name: one for name, one in held.items() if _belongs(name, recipe.adapt, built.division.plain)}
     with exchange.collecting(chosen, built.device) as (blank, stream):
         if built.mesh.rank == 0:
-            _write(recipe, built, tokenizer, config, files, blank, stream, folder)
+            _write(recipe, built, beside, blank, stream, folder)
 
 
-def _write(
-    recipe: Recipe,
-    built: Built,
-    tokenizer: PreTrainedTokenizerFast | None,
-    config: dict[str, Any],
-    files: Mapping[str, str],
-    blank: Mapping[str, Tensor],
-    stream: Iterator[tuple[str, Tensor | None]],
-    folder: Path,
-) -> None:
+def _write(recipe: Recipe, built: Built, beside: Beside, blank: Mapping[str, Tensor], stream: Stream, folder: Path) -> None:
     section = recipe.adapt
-    if not isinstance(section, Lora | Partial) and not files:
-        pretrained.save_folder(folder, blank, config, tokenizer, stream=stream)
+    if not isinstance(section, Lora | Partial) and not beside.files:
+        pretrained.save_folder(folder, blank, beside.config, beside.tokenizer, stream=stream)
         return
     base = {"base": recipe.model.pretrained or "", "base_hash": pretrained.fingerprint(built.source) if built.source else ""}
     with replacing(folder) as temporary:
-        for name, text in files.items():
+        for name, text in beside.files.items():
             (temporary / name).write_text(text, encoding="utf-8")
         if isinstance(section, Lora):
             lora.save(dict(_values(stream)), section, temporary, **base)
         elif isinstance(section, Partial):
             partial_tuning.save(dict(_values(stream)), section, temporary, **base)
         else:
-            write_json(temporary / "config.json", config)
+            write_json(temporary / "config.json", beside.config)
             write_weights(temporary, blank, SHARD_BYTES, stream)
 
 
@@ -82,7 +74,7 @@ def _belongs(name: str, section: Adapt, trained: Collection[str]) -> bool:
     return not isinstance(section, Partial) or name in trained
 
 
-def _values(stream: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+def _values(stream: Stream) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in stream:
         assert tensor is not None, "the first process gets every tensor"
         yield name, tensor

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trainwright.loop import Extra, Stored
 from trainwright.parallel.mesh import Mesh
 from trainwright.parallel.sharing import Sharing
-from trainwright.pieces import Held, Piece, local
+from trainwright.pieces import Held, Piece, box_of, local
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Places:
 
     def outer(self, name: str, tensor: Tensor) -> Piece:
         """The box of a parameter before data ranks divide it."""
-        return self.tensor.get(name) or Piece.all_of(tuple(tensor.shape))
+        return box_of(self.tensor, name, tensor)
 
     def boxes(self, model: nn.Module) -> dict[str, Piece]:
         """Of every parameter and buffer that isn't whole here."""

@@ -80,7 +80,8 @@ def pipelined(recipe: Recipe, built: Built, part: Part, places: Places, extra: E
         pairs = pipe.outputs(batches)
         found = part.measure(pairs, progress) if division.split.last else _drained(pairs)
         sharing.rest()
-        return collectives.send_json(found, _last_stage(mesh), built.device)
+        metrics: dict[str, float] = collectives.gather_json(found, built.device)[_last_stage(mesh)]
+        return metrics
 
     return _stepping(recipe, built, places, extra, forward_backward, measure)
 

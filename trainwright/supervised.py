@@ -234,7 +234,7 @@ def save(recipe: Recipe, built: Built, data: Data, held: Mapping[str, Held], fol
         TASK: json.dumps(asdict(data.task), indent=1) + "\n",
         "recipe.yaml": dump(recipe),
     }
-    saving.save_model(recipe, built, None, config, files, held, folder)
+    saving.save_model(recipe, built, saving.Beside(config, files=files), held, folder)
 
 
 def read_saved(folder: Path) -> tuple[Preparation, Task]:

@@ -14,17 +14,7 @@ from trainwright.parallel import gradients
 from trainwright.parallel.sharing import alone
 from trainwright.pieces import Piece
 
-MODELS = [
-    "decoder",
-    "decoder-tied",
-    "decoder-lora",
-    "decoder-partial",
-    "decoder-head",
-    "mlp",
-    "conv-last",
-    "branches",
-    "branches-unused",
-]
+MODELS = [*zero.MODELS, "conv-last"]
 
 
 @pytest.mark.parametrize("size", [2, 4])

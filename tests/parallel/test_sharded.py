@@ -17,17 +17,7 @@ from trainwright.parallel import sharded
 from trainwright.pieces import Piece, local
 from trainwright.recipe import InputError
 
-MODELS = [
-    "decoder",
-    "decoder-tied",
-    "decoder-lora",
-    "decoder-partial",
-    "decoder-head",
-    "mlp",
-    "conv-vector",
-    "branches",
-    "branches-unused",
-]
+MODELS = [*zero.MODELS, "conv-vector"]
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -27,6 +27,8 @@ LENGTH, VOCABULARY = 6, 33
 # Samples of each process in the micro-batches of a step, which differ from step to step; 0: an empty part.
 PARTS = {1: [[5], [4], [3]], 2: [[3, 2], [0, 4], [2, 1]], 4: [[2, 1, 0, 2], [0, 0, 4, 0], [1, 1, 1, 0]]}
 
+MODELS = ["decoder", "decoder-tied", "decoder-lora", "decoder-partial", "decoder-head", "mlp", "branches", "branches-unused"]
+
 
 @dataclass(frozen=True)
 class Case:

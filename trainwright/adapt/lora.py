@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainwright.models.contract import Change, Portion, dropout, match, seed_of
-from trainwright.pieces import Piece, local
+from trainwright.pieces import Piece, box_of, local
 from trainwright.recipe import InputError, Lora, nearest
 
 
@@ -121,7 +121,7 @@ def initialize(model: nn.Module, seed: int, pieces: Mapping[str, Piece] = Mappin
         pieces: which box of the whole factor a parameter is, where it isn't all of it.
     """
     for name, layer in adapted(model):
-        piece = pieces.get(f"{name}.lora_A") or Piece.all_of(tuple(layer.lora_A.shape))
+        piece = box_of(pieces, f"{name}.lora_A", layer.lora_A)
         bound = 1 / math.sqrt(piece.shape[1])
         generator = torch.Generator().manual_seed(seed_of(seed, f"{name}.lora_A"))
         whole = torch.empty(piece.shape).uniform_(-bound, bound, generator=generator)
@@ -243,7 +243,7 @@ def load(
             raise InputError(
                 f"{folder}: the adapter has {name}, the model has not{nearest(name, parameters)}: is it for another base?"
             )
-        piece = pieces.get(name) or Piece.all_of(tuple(parameters[name].shape))
+        piece = box_of(pieces, name, parameters[name])
         if tuple(value.shape) != piece.shape:
             raise InputError(
                 f"{folder}: {name} is {list(value.shape)} in the adapter, {list(piece.shape)} in the model: "

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainwright.models.contract import Change, match
-from trainwright.pieces import Piece, local
+from trainwright.pieces import Piece, box_of, local
 from trainwright.recipe import InputError, Partial, nearest
 
 FILE = "delta.safetensors"
@@ -80,10 +80,9 @@ def load(
     for name, value in read(folder, base_hash).items():
         if absent(name):
             continue
-        piece = pieces.get(name) or Piece.all_of(tuple(parameters[name].shape) if name in parameters else ())
-        if name not in parameters or piece.shape != tuple(value.shape):
+        if name not in parameters or box_of(pieces, name, parameters[name]).shape != tuple(value.shape):
             raise InputError(f"{folder / FILE}: {name} {list(value.shape)} is not in the model{nearest(name, parameters)}")
-        local(parameters[name]).copy_(piece.of(value))
+        local(parameters[name]).copy_(box_of(pieces, name, parameters[name]).of(value))
 
 
 def _open(folder: Path) -> safe_open:

@@ -13,7 +13,6 @@ copies) its hashes show. One job at a time writes to a run folder; ``write`` rem
 
 from trainwright.checkpoint.folders import CheckpointError, latest, path_of, prune, step_of, whole
 from trainwright.checkpoint.manifest import MANIFEST, PIECES, STATE, TENSORS
-from trainwright.checkpoint.nested import flatten, unflatten
 from trainwright.checkpoint.reading import Loaded, Reader, newest_reader, newest_valid, read
 from trainwright.checkpoint.team import Team
 from trainwright.checkpoint.writing import Writer, write, write_held
@@ -28,7 +27,6 @@ __all__ = [
     "Reader",
     "Team",
     "Writer",
-    "flatten",
     "latest",
     "newest_reader",
     "newest_valid",
@@ -36,7 +34,6 @@ __all__ = [
     "prune",
     "read",
     "step_of",
-    "unflatten",
     "whole",
     "write",
     "write_held",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from trainwright.models.contract import Change, seed_of
-from trainwright.pieces import Piece, local
+from trainwright.pieces import Piece, box_of, local
 from trainwright.recipe import Init, InputError
 
 Nonlinearity = Literal["linear", "sigmoid", "tanh", "relu", "leaky_relu", "selu"]
@@ -98,7 +98,7 @@ def _fill(model: nn.Module, prefix: str, layer: nn.Module, wanted: list[str], se
         published(prefix, twin)
     drawn = _own_tensors(twin)
     for leaf in blank:
-        local(own[leaf]).copy_(_piece(prefix, leaf, own[leaf], pieces).of(drawn[leaf]))
+        local(own[leaf]).copy_(_box(prefix, leaf, own[leaf], pieces).of(drawn[leaf]))
 
 
 def _twin(prefix: str, layer: nn.Module, pieces: Mapping[str, Piece]) -> nn.Module:
@@ -108,7 +108,7 @@ def _twin(prefix: str, layer: nn.Module, pieces: Mapping[str, Piece]) -> nn.Modu
         if tensor is None:
             return None
         kind = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
-        return torch.zeros(_piece(prefix, leaf, tensor, pieces).shape, dtype=kind)
+        return torch.zeros(_box(prefix, leaf, tensor, pieces).shape, dtype=kind)
 
     twin = copy.copy(layer)
     parameters = {leaf: whole(leaf, p) for leaf, p in layer._parameters.items()}
@@ -117,8 +117,8 @@ def _twin(prefix: str, layer: nn.Module, pieces: Mapping[str, Piece]) -> nn.Modu
     return twin
 
 
-def _piece(prefix: str, leaf: str, tensor: Tensor, pieces: Mapping[str, Piece]) -> Piece:
-    return pieces.get(f"{prefix}.{leaf}".lstrip(".")) or Piece.all_of(tuple(tensor.shape))
+def _box(prefix: str, leaf: str, tensor: Tensor, pieces: Mapping[str, Piece]) -> Piece:
+    return box_of(pieces, f"{prefix}.{leaf}".lstrip("."), tensor)
 
 
 def _apply(
@@ -129,7 +129,7 @@ def _apply(
     for leaf in wanted:
         if leaf != "weight" and not leaf.startswith(("weight_ih", "weight_hh")):
             continue
-        piece = _piece(prefix, leaf, own[leaf], pieces)
+        piece = _box(prefix, leaf, own[leaf], pieces)
         wide = torch.empty(piece.shape, dtype=torch.promote_types(own[leaf].dtype, torch.float32))
         torch.default_generator.manual_seed(seed_of(seed, f"{prefix}.{leaf}".lstrip(".")))
         gates = len(wide) // layer.hidden_size if isinstance(layer, nn.RNNBase | nn.RNNCellBase) else 1

@@ -52,16 +52,3 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
     texts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(texts, padded)
     return [json.loads(bytes(t[: int(n.item())].cpu().tolist())) for t, n in zip(texts, lengths, strict=True)]
-
-
-def send_json(value: Any, source: int, device: torch.device) -> Any:
-    """What process ``source`` says, at every process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    mine = dist.get_rank() == source
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device) if mine else None
-    length = torch.tensor([len(data) if data is not None else 0], device=device)
-    dist.broadcast(length, source)
-    data = data if data is not None else torch.empty(int(length.item()), dtype=torch.uint8, device=device)
-    dist.broadcast(data, source)
-    return json.loads(bytes(data.cpu().tolist()))
