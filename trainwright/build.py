@@ -20,7 +20,7 @@ from trainwright.adapt import full, lora, norms
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built, Part, Shape
 from trainwright.data import text
-from trainwright.loop import Extra, Run
+from trainwright.loop import Extra, Run, Sample
 from trainwright.memory import layout, precision
 from trainwright.models import catalogue, decoder, pretrained, user
 from trainwright.models.contract import Change
@@ -109,7 +109,7 @@ def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
         remember=taken.remember,
         recall=taken.recall,
         compute_dtype=built.compute_dtype,
-        samples=part.samples if built.division.split is None and recipe.parallel.engine == "torch" else None,
+        samples=_answering(recipe, built, part, places),
         pictures=part.pictures,
         unit=part.unit,
         fingerprint=part.fingerprint,
@@ -122,6 +122,21 @@ def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
         together=spread.adding(where.data, built.device),
         stream=where.pipeline.index * where.data.size + where.data.index,
     )
+
+
+def _answering(recipe: Recipe, built: Built, part: Part, places: Places) -> Callable[[int], list[Sample]] | None:
+    """Answers to held-out prompts, where every process can walk through the whole model by itself."""
+    answer = part.samples
+    if answer is None or built.division.split is not None or recipe.parallel.engine == "deepspeed":
+        return None
+
+    def samples(count: int) -> list[Sample]:
+        try:
+            return answer(count)
+        finally:
+            places.sharing.rest()
+
+    return samples
 
 
 def _way(recipe: Recipe, built: Built) -> Callable[[Recipe, Built, Part, Places, Extra | None], Steps]:

@@ -49,7 +49,7 @@ def pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
     return order.gather(-1, drawn)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # NOTE: not inference_mode: what ZeRO 3 gathers meanwhile serves training afterwards
 def tokens(
     model: Decoder,
     prompt: list[int],

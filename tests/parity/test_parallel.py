@@ -94,6 +94,22 @@ def test_random_numbers_differ_where_the_data_does(folder):
     assert any("processes idle 20.0% of a step of 4 micro-batches" in note for note in notes)
 
 
+def _answers(folder: str, parallel: dict[str, Any]) -> list[str]:
+    run = build.assemble(tiny.recipe(Path(folder), **parallel))
+    assert run.samples is not None
+    before = [sample.answer for sample in run.samples(2)]
+    list(loop.train(run))
+    return [*before, *(sample.answer for sample in run.samples(2))]
+
+
+@pytest.mark.parametrize("parallel", [{}, {"parallel__zero": 3}, {"parallel__tensor": 2}], ids=str)
+def test_prompts_are_answered_as_by_one_process(parallel, folder):
+    expected = _answers(str(folder), {})
+    assert expected[:2] != expected[2:]
+    for answers in ranks.run(2, _answers, str(folder), parallel):
+        assert answers == expected
+
+
 REFUSED = ("parallel__tensor", "parallel__pipeline")  # for models with BatchNorm, or without a plan
 
 
