@@ -51,7 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "build": BELOW_BUILD,
     **dict.fromkeys(VERBS, BELOW_VERBS),
     "fit": {*BELOW_VERBS, "launch"},
-    "cli": {"cli", "recipe", "sampling", "build", "launch", "importing", *VERBS},
+    "verify": {*BELOW_VERBS, "launch.pool", "verify"},
+    "cli": {"cli", "recipe", "sampling", "build", "launch", "importing", "verify", *VERBS},
     "__main__": {"recipe", "cli", "launch"},
 }
 HEAVY = {"torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers", "tensorboard"}

@@ -106,6 +106,7 @@ def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
         flops=part.flops if alone else None,
         save=lambda folder: part.save(taken.weights(), folder),
         gradients=taken.gradients,
+        weights=taken.weights,
         remember=taken.remember,
         recall=taken.recall,
         compute_dtype=built.compute_dtype,
@@ -181,7 +182,7 @@ def assemble_model(recipe: Recipe, shape: Shape | None = None, *, frozen: bool =
     return Built(model, [*changes, *more], config, source, kind, place, mesh or Mesh(), division)
 
 
-def _wished_precision(recipe: Recipe, shape: Shape | None) -> Literal["auto", "fp32", "bf16"]:
+def _wished_precision(recipe: Recipe, shape: Shape | None) -> Literal["auto", "fp32", "bf16", "fp64"]:
     """Numbers as answers would lose digits in bf16, and models of tables are too small to gain from it."""
     digits = shape is not None and (shape.task.kind == "values" or recipe.data.kind == "table")
     return "fp32" if recipe.precision == "auto" and digits else recipe.precision

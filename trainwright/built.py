@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.loop import Batch, Sample
-from trainwright.memory.precision import Precision
+from trainwright.memory.precision import DTYPES, Precision
 from trainwright.models.contract import Change
 from trainwright.models.pretrained import Source
 from trainwright.parallel.mesh import Mesh
@@ -74,7 +74,7 @@ class Built:
     @property
     def compute_dtype(self) -> torch.dtype:
         """What products are made in."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return DTYPES[self.precision]
 
 
 class Batches(Protocol):

@@ -20,7 +20,7 @@ from trainwright.models import decoder, init, pretrained
 from trainwright.models.contract import Change
 from trainwright.parallel import sharing
 from trainwright.pieces import local
-from trainwright.recipe import Init, Lora, Recipe, TextData
+from trainwright.recipe import Init, InputError, Lora, Recipe, TextData
 from trainwright.state import Places
 
 
@@ -36,6 +36,8 @@ def fill(built: Built, recipe: Recipe) -> Places:
     if early is None:  # parts of divided parameters stay contiguous
         built.changes.append(layout.apply(model))
     built.changes.extend(spread.join_statistics(model, built.mesh))
+    if recipe.run.kernels == "off":
+        built.changes.append(_plain_operations(model))
     built.changes.append(compile_blocks(built, recipe))
     shared = early or (spread.share(model, recipe, built.mesh, device) if ours else sharing.alone(model))
     built.changes.extend(spread.described(recipe, built.mesh))
@@ -87,6 +89,18 @@ def materialise(built: Built, recipe: Recipe, blank: set[str], places: Places | 
         load = lora.load if isinstance(recipe.adapt, Lora) else partial_tuning.load
         base = pretrained.fingerprint(built.source) if built.source else None
         load(model, Path(start), base, boxes, division.absent(model))
+
+
+def _plain_operations(model: nn.Module) -> Change:
+    """Compute by PyTorch's own operations.
+
+    Raises:
+        InputError: there is nothing else.
+    """
+    if not isinstance(model, decoder.Decoder):
+        raise InputError("run.kernels: off has no effect: only decoders have kernels of our own; leave it out")
+    model.without_kernels()
+    return Change("kernels", "off: attention and loss by PyTorch's plain operations")
 
 
 def compiles(recipe: Recipe, built: Built) -> bool:

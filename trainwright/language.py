@@ -143,10 +143,13 @@ def sums_of(built: Built, recipe: Recipe, compiled: bool) -> Callable[[Tensor, A
     split = torch.compile(losses.split_softmax, dynamic=True) if compiled else losses.split_softmax
     head_weight: Callable[[], Tensor] | None = getattr(built.model, "head_weight", None)
     shard = _shard_of(built)
+    plain = recipe.run.kernels == "off" and shard is None
 
     def sums(outputs: Tensor, batch: loader.TextBatch) -> Tensor:
         labels = batch.labels.to(built.device, non_blocking=True)
         with precision.context(built.precision, built.device):
+            if head_weight is not None and plain:
+                return losses.logits_cross_entropy(outputs @ head_weight().T, labels, section)[0]
             if head_weight is not None:
                 return losses.token_cross_entropy(outputs, head_weight(), labels, section, split, shard)[0]
             return losses.logits_cross_entropy(outputs, labels, section)[0]

@@ -99,6 +99,7 @@ class Run:
     averaged  a context in which the model holds the weights to be evaluated and saved
     save      writes the model in the format of its method; every process calls it
     gradients  of a whole step, between ``forward_backward`` and the optimizer's step; by name
+    weights   all parameters, tied ones once, and the buffers that are saved; by name
     remember  what a checkpoint needs, by name; recall sets it again, or only the weights of it
     flops     counts the work of a micro-batch, where that is known
     pictures  draws what the model makes of a split, and gives the files
@@ -120,6 +121,7 @@ class Run:
     measure: Callable[[Iterable[Batch], Callable[[int], None]], dict[str, float]]
     save: Callable[[Path], None]
     gradients: Callable[[], dict[str, Held]]
+    weights: Callable[[], dict[str, Held]]
     remember: Callable[[], dict[str, Held]]
     recall: Callable[[Stored, bool], None]
     compute_dtype: torch.dtype

@@ -161,9 +161,10 @@ def forward_of(built: Built, preparation: Preparation) -> Forward:
     """A model, or a later part of it, and raw samples to its outputs, on the device."""
     arrange = layout.of_inputs(built.model)
     normalised = preparation.inputs_on(built.device)
+    widened = precision.of_inputs(built.precision)
 
     def forward(module: nn.Module, raw: Tensor, hidden: Tensor | None = None) -> Tensor:
-        inputs = normalised(arrange(raw.to(built.device, non_blocking=True))) if hidden is None else hidden
+        inputs = widened(normalised(arrange(raw.to(built.device, non_blocking=True)))) if hidden is None else hidden
         with precision.context(built.precision, built.device):
             outputs: Tensor = module(inputs)
         return outputs

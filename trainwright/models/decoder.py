@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainwright.models.attention import attention, cached_attention
+from trainwright.models.attention import attention, cached_attention, masked_attention
 from trainwright.models.contract import Stretch, TensorPlan, Vocabulary, apply_all, effective_weight, present
 from trainwright.models.rotary import Rotary, read_rotary, rotate
 from trainwright.recipe import InputError, nearest
@@ -125,6 +125,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias)
+        self.attend = attention
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (rows, KV heads, length, group, head_dim); keys and values (rows, KV heads, length, head_dim)."""
@@ -142,7 +143,7 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor) -> Tensor:
-        return self.merge(attention(*self.project(x, cos, sin), documents))
+        return self.merge(self.attend(*self.project(x, cos, sin), documents))
 
 
 class MLP(nn.Module):
@@ -285,6 +286,12 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(tokens)
         kind = x.device.type
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+    def without_kernels(self) -> None:
+        """From now on, attention is what PyTorch's plain operations make of its definition."""
+        for block in self.blocks():
+            assert isinstance(block, Block)
+            block.self_attn.attend = masked_attention
 
     def head_weight(self) -> Tensor:
         """The weight (vocab_size, hidden_size) that turns hidden states into logits."""

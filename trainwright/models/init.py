@@ -102,12 +102,12 @@ def _fill(model: nn.Module, prefix: str, layer: nn.Module, wanted: list[str], se
 
 
 def _twin(prefix: str, layer: nn.Module, pieces: Mapping[str, Piece]) -> nn.Module:
-    """A whole layer to draw in: on the CPU, in float32 at least: elsewhere torch draws other numbers (and has no QR)."""
+    """A whole layer to draw in: on the CPU, in float32: torch draws other numbers elsewhere, and in float64."""
 
     def whole(leaf: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        kind = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+        kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
         return torch.zeros(_box(prefix, leaf, tensor, pieces).shape, dtype=kind)
 
     twin = copy.copy(layer)
@@ -130,7 +130,7 @@ def _apply(
         if leaf != "weight" and not leaf.startswith(("weight_ih", "weight_hh")):
             continue
         piece = _box(prefix, leaf, own[leaf], pieces)
-        wide = torch.empty(piece.shape, dtype=torch.promote_types(own[leaf].dtype, torch.float32))
+        wide = torch.empty(piece.shape)
         torch.default_generator.manual_seed(seed_of(seed, f"{prefix}.{leaf}".lstrip(".")))
         gates = len(wide) // layer.hidden_size if isinstance(layer, nn.RNNBase | nn.RNNCellBase) else 1
         draw(wide, scheme, section.nonlinearity, gates)

@@ -88,4 +88,7 @@ class RunOptions(Section):
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile; auto: language models, where a compiler is found"
     )
+    kernels: Literal["auto", "off"] = Field(
+        "auto", description="faster ways of our own to compute attention and the loss; off: PyTorch's plain operations"
+    )
     threads: Positive | None = Field(None, description="CPU threads; default: what torch finds")

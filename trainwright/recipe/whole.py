@@ -41,8 +41,10 @@ class Recipe(Section):
     )
     optimizer: Optimizer = Field(default_factory=AdamW)
     schedule: Schedule = Field(default_factory=Cosine)
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16: products in bf16, frozen weights stored in bf16, trained ones keep fp32 masters"
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto",
+        description="bf16: products in bf16, frozen weights stored in bf16, trained ones keep fp32 masters. "
+        "fp64: slow; what other runs are measured by",
     )
     parallel: Parallel = Field(default_factory=Parallel)
     training: Training = Field(default_factory=Training)

@@ -1,0 +1,149 @@
+"""Processes that are started once and asked again and again: for short jobs of several ranks, one after the other.
+
+    with Pool(4) as pool:
+        answers = pool.run(function, *arguments)      # what function gave in each of the 4 processes of one gloo group
+
+``function`` is one that a module holds; it and its arguments are pickled from process to process. When a rank fails, or gives
+no answer in time, the others may wait for it for ever, so all are begun anew with the next job.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from trainwright.recipe import RunError
+
+TIMEOUT = 120.0  # seconds that a job may take
+GROUP_TIMEOUT = 60.0  # seconds that ranks wait for each other
+Prepare = Callable[[], object]
+
+
+class RankError(RunError):
+    """What went wrong in a rank: the name of the exception, its message, and where it was."""
+
+    def __init__(self, rank: int, kind: str, message: str, trace: str) -> None:
+        super().__init__(f"rank {rank}: {kind}: {message}")
+        self.rank, self.kind, self.message, self.trace = rank, kind, message, trace
+
+
+@dataclass(frozen=True)
+class _Rank:
+    process: SpawnProcess
+    pipe: Connection
+
+
+class Pool:
+    """So many processes of one gloo group, a thread each. They start in the background; ``run`` waits for them.
+
+    Args:
+        prepare: called first in each process.
+    """
+
+    def __init__(self, count: int, *, prepare: Prepare | None = None) -> None:
+        self.count = count
+        self._prepare = prepare
+        self._ranks = self._started()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def _started(self) -> list[_Rank]:
+        context, port = multiprocessing.get_context("spawn"), _free_port()
+        found = []
+        for rank in range(self.count):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, rank, self.count, port, self._prepare)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            found.append(_Rank(process, ours))
+        return found
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
+        """What ``function(*arguments)`` gives in each process, in the order of their ranks.
+
+        Raises:
+            RankError: it raised in one of them.
+            TimeoutError: some gave no answer within ``timeout`` seconds of each other.
+        """
+        self._ranks = self._ranks or self._started()
+        try:
+            return self._run(function, arguments, timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
+        pipes = [rank.pipe for rank in self._ranks]
+        for pipe in pipes:
+            pipe.send((function, arguments))
+        answers: dict[int, Any] = {}
+        while len(answers) < len(pipes):
+            waiting = [index for index in range(len(pipes)) if index not in answers]
+            ready = wait([pipes[index] for index in waiting], timeout)
+            if not ready:
+                raise TimeoutError(f"rank{'s' * (len(waiting) > 1)} {waiting} gave no answer in {timeout:.0f} s")
+            for index in waiting:
+                if pipes[index] in ready:
+                    answers[index] = _answer(index, pipes[index])
+        return [answers[index] for index in range(len(pipes))]
+
+    def stop(self) -> None:
+        """End the processes; the next ``run`` starts others."""
+        for rank in self._ranks:
+            rank.process.kill()
+        for rank in self._ranks:
+            rank.process.join()
+            rank.pipe.close()
+        self._ranks = []
+
+
+def _answer(index: int, pipe: Connection) -> Any:
+    try:
+        good, value = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        raise RankError(index, "Killed", "the process is gone", "") from None
+    if not good:
+        raise RankError(index, *value)
+    return value
+
+
+def _serve(pipe: Connection, rank: int, count: int, port: int, prepare: Prepare | None) -> None:
+    """What a process does: answer until nobody asks any more."""
+    import torch
+    import torch.distributed as dist
+
+    if prepare is not None:
+        prepare()
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=GROUP_TIMEOUT))
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = (True, function(*arguments))
+        except BaseException as error:
+            answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
+        pipe.send(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

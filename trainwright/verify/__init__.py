@@ -1,0 +1,1 @@
+"""Proof that a combination of techniques keeps the answer."""

@@ -1,0 +1,59 @@
+"""What is run for a proof: a recipe with what is held alike in all runs, and changes of recipes by dotted keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from trainwright.recipe import Recipe
+from trainwright.recipe.file import parse
+
+
+@dataclass(frozen=True)
+class Job:
+    """A few steps of a recipe.
+
+    separate  each packed document in a row of its own
+    dropout   whether layers drop; random masks depend on how a batch is divided
+    resume    also write a checkpoint before the last step, and take that step from it once more
+    prepare   module:function that is called with the built Run in each process, before the first step
+    """
+
+    recipe: Recipe
+    steps: int = 3
+    separate: bool = False
+    dropout: bool = False
+    resume: bool = False
+    prepare: str | None = None
+
+    def but(self, **changes: Any) -> Job:
+        """The same with other fields."""
+        return dataclasses.replace(self, **changes)
+
+    def with_keys(self, keys: dict[str, Any]) -> Job:
+        """The same with other values of the recipe's keys, such as parallel.zero."""
+        return self.but(recipe=changed(self.recipe, keys))
+
+    @property
+    def processes(self) -> int:
+        """How many run it."""
+        section = self.recipe.parallel
+        assert section.data != "auto", "the number of data ranks must be settled first"
+        return section.data * section.tensor * section.pipeline
+
+
+def changed(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
+    """A recipe with other values at dotted keys.
+
+    Raises:
+        InputError: they don't suit the rest.
+    """
+    mapping = recipe.model_dump(mode="json")
+    for key, value in keys.items():
+        *path, last = key.split(".")
+        section = mapping
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return parse(mapping)

@@ -1,0 +1,170 @@
+"""A recipe against its plain twin: the three runs, the comparison, and who is to blame where it fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainwright.recipe import InputError
+from trainwright.verify import judging, techniques
+from trainwright.verify.facts import Facts
+from trainwright.verify.job import Job
+from trainwright.verify.judging import Line
+from trainwright.verify.running import Broken, Runner
+from trainwright.verify.techniques import Technique
+from trainwright.verify.tracing import Trace
+
+Say = Callable[[str], None]
+ROUNDING = 0.1  # a distance below it may come from a rounding that decided something; float64 tells
+SANE = {"fp32": 1e-3, "bf16": 0.1}  # a plain run further than that from float64 is no measure
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a comparison ended."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> list[Line]:
+        return [line for line in self.lines if line.verdict == "failed"]
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing differed in any bit."""
+        return all(line.verdict in ("exact", "skipped") for line in self.lines)
+
+    @property
+    def worst(self) -> float:
+        """The largest part of a bound that is used."""
+        return max((line.value / line.bound for line in self.lines if line.value is not None and line.bound), default=0.0)
+
+
+@dataclass(frozen=True)
+class Prover:
+    """Compares runs of one recipe's model and data."""
+
+    runner: Runner
+    facts: Facts
+    say: Say = field(default=lambda text: None)
+
+    def plain(self, job: Job) -> Job:
+        """The twin: one process, the recipe's own precision, no technique."""
+        kept = [one for one in techniques.of(job, self.facts) if one.kind != "precision"]
+        return techniques.without(job, self.facts, kept).but(resume=False)
+
+    def truth(self, job: Job) -> Job:
+        """The same in float64."""
+        plain = techniques.without(job, self.facts, techniques.TECHNIQUES).but(resume=False)
+        return plain.with_keys({"precision": "fp64"})
+
+    def compare(self, job: Job) -> Verdict:
+        """Run a job and its twins, and judge.
+
+        Raises:
+            InputError: the recipe is refused, or the plain run is no measure. Broken: the plain run ended with an error.
+        """
+        precision = self.facts.precision(job)
+        truth = self._run(self.truth(job), "the plain run in float64")
+        plain = self._run(self.plain(job), f"the plain run in {judging.WORDS[precision]}")
+        try:
+            run = self._run(job, "the recipe's run")
+        except Broken as error:
+            return Verdict((Line("run", "failed", why=str(error)),))
+        verdict = Verdict((*self._sane(plain, truth, precision), *judging.judge(run, plain, truth, precision)))
+        return verdict if verdict.good else self._reconsidered(job, verdict, truth)
+
+    def _run(self, job: Job, what: str) -> Trace:
+        started = time.perf_counter()
+        self.say(f"{what} ({job.processes} process{'es' * (job.processes > 1)})")
+        trace = self.runner.run(job)
+        self.say(f"{what}: {time.perf_counter() - started:.1f} s")
+        return trace
+
+    def _sane(self, plain: Trace, truth: Trace, precision: str) -> list[Line]:
+        """Nothing is proved by a plain run that is wrong itself."""
+        off = max(abs(a - t) / max(abs(t), 1e-12) for a, t in zip(plain.losses, truth.losses, strict=True))
+        if off <= SANE.get(precision, 1.0):
+            return []
+        why = f"the plain {judging.WORDS[precision]} run's loss is {off:.1%} from float64's: the model is too ill-conditioned"
+        return [Line("plain run", "failed", off, SANE[precision], "loss", why)]
+
+    def _reconsidered(self, job: Job, verdict: Verdict, truth: Trace) -> Verdict:
+        """Small differences can come from a rounding that decided something, such as on which side of 0 a ReLU's input is.
+
+        In float64 such luck is gone, and what stays is a fault.
+        """
+        if any(line.value is None or line.bound is None or line.value > ROUNDING for line in verdict.failed):
+            return verdict
+        try:
+            wide = self._run(job.with_keys({"precision": "fp64"}).but(resume=False), "the recipe's run in float64")
+        except (InputError, Broken):
+            return verdict
+        again = {line.what: line for line in judging.judge(wide, truth, truth, "fp64")}
+        if any(line.verdict == "failed" for line in again.values()):
+            return verdict
+        return Verdict(tuple(_excused(line, again.get(line.what)) for line in verdict.lines))
+
+
+def _excused(line: Line, wide: Line | None) -> Line:
+    if line.verdict != "failed" or wide is None:
+        return line
+    why = f"a rounding decided something: {line.value:.1e} here, but the same run in float64 differs by {wide.value or 0:.1e}"
+    return Line(line.what, "within", wide.value, wide.bound, line.where, why)
+
+
+@dataclass(frozen=True)
+class Blame:
+    """The smallest set of techniques found that fails together, and what it does first."""
+
+    techniques: tuple[Technique, ...]
+    verdict: Verdict
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        first = self.verdict.failed[0]
+        return {"techniques": [one.name for one in self.techniques], "what": first.what, "why": first.why}
+
+
+def bisect(prover: Prover, job: Job, verdict: Verdict) -> Blame:
+    """Remove techniques one at a time while the job still fails: what is left fails only together.
+
+    A set that fails is looked for among single ones first, then pairs: most faults have one cause.
+    """
+    found = techniques.of(job, prover.facts)
+    for one in found:
+        alone = _with(prover, job, [one])
+        if (failed := _failing(prover, alone)) is not None:
+            return Blame((one,), failed)
+    left, current = list(found), verdict
+    for one in found:
+        fewer = [other for other in left if other is not one]
+        if (failed := _failing(prover, _with(prover, job, fewer))) is not None:
+            left, current = fewer, failed
+    return Blame(tuple(left), current)
+
+
+def _with(prover: Prover, job: Job, wanted: Sequence[Technique]) -> Job:
+    """The job with some of its techniques only, and what they build on."""
+    names = {one.name for one in wanted}
+    if names & {"ZeRO", "DeepSpeed", "offload to the CPU"}:
+        names.add("data parallel")
+    if "offload to the CPU" in names:
+        names |= {"DeepSpeed", "ZeRO"}
+    return techniques.without(job, prover.facts, [one for one in techniques.TECHNIQUES if one.name not in names])
+
+
+def _failing(prover: Prover, job: Job) -> Verdict | None:
+    """The verdict of a job that fails; None where it doesn't, or can't be run like this."""
+    try:
+        verdict = prover.compare(job)
+    except (InputError, Broken):
+        return None
+    return None if verdict.good else verdict

@@ -1,0 +1,185 @@
+"""What a run does in its first steps, as whole tensors of the plain model's names; the same from one process or many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainwright import build, checkpoint, loop
+from trainwright.loop import Run
+from trainwright.parallel import exchange
+from trainwright.pieces import Held
+from trainwright.recipe.imports import import_function
+from trainwright.verify import batches, dropping
+from trainwright.verify.job import Job
+
+SCALARS, TENSORS = "trace.json", "trace.safetensors"
+BEGIN, FIRST, LAST, END, AVERAGE, SAVED = "begin", "first gradient", "last gradient", "end", "average", "saved"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was seen; the tensors lie in a file, under names such as ``first gradient/lm_head.weight``.
+
+    begin, end      every parameter and buffer, before the first and after the last step
+    first, last gradient   of the first and of the last step, before clipping
+    average         averaged weights, where the recipe has them
+    saved           the tensors of the saved model's files
+
+    rows      for each step a number made of the rows that were trained on, in whatever order
+    buffers   names of buffers
+    learning  names of what learns
+    decayed   names of what weight decay shrinks
+    resumed   tensors that are others after a checkpoint was read; None: that wasn't tried
+    """
+
+    folder: Path
+    losses: list[float]
+    norms: list[float]
+    rates: list[float]
+    supervised: list[int]
+    rows: list[int]
+    held_out: dict[str, float]
+    buffers: list[str]
+    learning: list[str]
+    decayed: list[str]
+    resumed: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def names(self, what: str) -> list[str]:
+        """Of the tensors of a kind."""
+        with safe_open(self.folder / TENSORS, "pt") as file:
+            return [name.removeprefix(f"{what}/") for name in file.keys() if name.startswith(f"{what}/")]  # noqa: SIM118
+
+    def tensors(self, what: str) -> dict[str, Tensor]:
+        """The tensors of a kind, by name."""
+        with safe_open(self.folder / TENSORS, "pt") as file:
+            return {name: file.get_tensor(f"{what}/{name}") for name in self.names(what)}
+
+
+def trace(job: Job, folder: Path) -> None:
+    """Run a job in this process, which may be one of several; the first one leaves in ``folder`` what ``load`` reads.
+
+    Raises:
+        InputError: the recipe is refused. RunError: a loss isn't finite.
+    """
+    run = _assembled(job)
+    tensors: dict[str, Tensor] = {}
+    _keep(tensors, BEGIN, run, run.weights())
+    rows = batches.watch(run)
+    steps = _stepped(run, job, tensors, folder)
+    found = {
+        "losses": [step.loss for step in steps],
+        "norms": [step.grad_norm for step in steps],
+        "rates": [step.learning_rate for step in steps],
+        "supervised": [step.supervised for step in steps],
+        "rows": [int(number) for number in run.together([float(number) for number in rows])],
+        "buffers": sorted(name for name, _ in run.model.named_buffers()),
+        "learning": _all_names(run, (n.removeprefix("model.") for n in run.remember() if n.startswith("model."))),
+        "decayed": _all_names(
+            run, (n for group in run.optimizer.param_groups if group["weight_decay"] for n in group["names"])
+        ),
+        "notes": [f"{change.technique}: {change.summary}" for change in run.changes] + run.notes,
+    }
+    _keep(tensors, END, run, run.weights())
+    _keep(tensors, AVERAGE, run, _averages(run))
+    found["held_out"] = loop.evaluate(run) if "held_out" in run.splits else {}
+    _save(run, folder, tensors)
+    found["resumed"] = _resumed(run, job, folder) if job.resume else None
+    if run.rank == 0:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+        (folder / SCALARS).write_text(json.dumps(found), encoding="utf-8")
+
+
+def load(folder: Path) -> Trace:
+    """What ``trace`` left."""
+    return Trace(folder=folder, **json.loads((folder / SCALARS).read_text(encoding="utf-8")))
+
+
+def _assembled(job: Job) -> Run:
+    run = build.assemble(job.recipe)
+    if not job.dropout:
+        dropping.off(run.model)
+    if job.separate:
+        batches.separate(run)
+    if job.prepare:
+        import_function(job.prepare, "--prepare")(run)
+    return run
+
+
+def _stepped(run: Run, job: Job, tensors: dict[str, Tensor], folder: Path) -> list[loop.StepResult]:
+    """Take the steps; keeps the gradients of the first and last one, and writes a checkpoint before the last."""
+    clip, last = run.clip, job.steps - 1
+
+    def watched() -> Tensor:
+        if run.step == 0:
+            _keep(tensors, FIRST, run, run.gradients())
+        if run.step == last:
+            _keep(tensors, LAST, run, run.gradients())
+        return clip()
+
+    run.clip = watched
+    steps = []
+    for step in islice(loop.train(run), job.steps):
+        steps.append(step)
+        if job.resume and run.step == last:
+            _write(run, folder)
+    run.clip = clip
+    return steps
+
+
+def _keep(tensors: dict[str, Tensor], what: str, run: Run, held: Mapping[str, Held]) -> None:
+    """Copies of whole tensors, at the first process."""
+    for name, value in exchange.collect(held, run.device):
+        if value is not None:
+            tensors[f"{what}/{name}"] = value.cpu().clone()
+
+
+def _averages(run: Run) -> dict[str, Held]:
+    return {name.removeprefix("extra."): one for name, one in run.remember().items() if name.startswith("extra.")}
+
+
+def _all_names(run: Run, mine: Iterator[str]) -> list[str]:
+    """The names that any process has."""
+    return sorted({name for names in run.share(sorted(mine)) for name in names})
+
+
+def _save(run: Run, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Save the model as the run would, and read its files again."""
+    target = folder / "model"
+    with run.averaged():
+        run.save(target)
+    if run.rank == 0:
+        for file in sorted(target.rglob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    tensors[f"{SAVED}/{name}"] = opened.get_tensor(name)
+
+
+def _write(run: Run, folder: Path) -> None:
+    team = checkpoint.Team(run.rank, len(run.share(None)), folder.name)
+    checkpoint.write_held(folder, run.step, run.remember(), {}, team)
+
+
+def _resumed(run: Run, job: Job, folder: Path) -> list[str]:
+    """Take the last step once more, in a run that begins from the checkpoint; the tensors that are others then."""
+    again = _assembled(job)
+    again.recall(checkpoint.Reader(checkpoint.path_of(folder, job.steps - 1)), True)
+    again.step = job.steps - 1
+    for _ in islice(loop.train(again), 1):
+        pass
+    mine, theirs = run.remember(), again.remember()
+    different = [name for name, one in mine.items() if name not in theirs or not _same(one.tensor, theirs[name].tensor)]
+    return _all_names(run, iter(different))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
