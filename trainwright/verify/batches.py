@@ -19,18 +19,20 @@ from trainwright.loop import Batch, Run
 BITS = 40  # of a row's number: sums of thousands are exact in float64
 
 
-def watch(run: Run) -> list[int]:
-    """A list that gets a number for each batch of ``run`` from now on: the sum of those of its rows."""
+def watch(run: Run) -> tuple[list[int], list[str]]:
+    """Lists that each batch of ``run`` adds to from now on: the sum of its rows' numbers; and its faults."""
     found: list[int] = []
+    wrong: list[str] = []
     batch = run.batch
 
     def watched(step: int) -> Sequence[Batch]:
         batches = batch(step)
         found.append(sum(number for one in batches for number in _numbers(one)))
+        wrong.extend(fault for one in batches for fault in faults(one))
         return batches
 
     run.batch = watched
-    return found
+    return found, wrong
 
 
 def separate(run: Run) -> None:
@@ -44,16 +46,19 @@ def separate(run: Run) -> None:
 
 
 def apart(batch: TextBatch) -> TextBatch:
-    """The documents of a batch that predict something, one a row, with the positions that follow from that."""
-    found = list(_documents(batch))
+    """The documents of a batch that predict something, one a row."""
+    return replace(stacked(list(documents(batch))), size=batch.size, pairs=batch.pairs)
+
+
+def stacked(found: Sequence[tuple[Tensor, Tensor]]) -> TextBatch:
+    """Documents (tokens and labels), one a row, with the positions that follow from that."""
     length = max(len(tokens) for tokens, _ in found)
     offsets = [0]
     for row, (tokens, _) in enumerate(found):
         offsets += [row * length + len(tokens)] * (len(tokens) < length) + [(row + 1) * length]
     order = torch.arange(length).expand(len(found), length)
     ends = torch.tensor([len(tokens) for tokens, _ in found])[:, None]
-    return replace(
-        batch,
+    return TextBatch(
         tokens=torch.stack([pad(tokens, (0, length - len(tokens))) for tokens, _ in found]),
         labels=torch.stack([pad(labels, (0, length - len(labels)), value=IGNORED) for _, labels in found]),
         positions=torch.where(order < ends, order, order - ends),
@@ -61,7 +66,7 @@ def apart(batch: TextBatch) -> TextBatch:
     )
 
 
-def _documents(batch: TextBatch) -> Iterator[tuple[Tensor, Tensor]]:
+def documents(batch: TextBatch) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and labels of each document that predicts anything."""
     tokens, labels = batch.tokens.flatten(), batch.labels.flatten()
     offsets = batch.documents.tolist()
@@ -70,10 +75,24 @@ def _documents(batch: TextBatch) -> Iterator[tuple[Tensor, Tensor]]:
             yield tokens[first:end], labels[first:end]
 
 
+def faults(batch: Any) -> Iterator[str]:
+    """What is wrong with a batch of text by itself."""
+    if not isinstance(batch, TextBatch):
+        return
+    tokens, labels, positions = batch.tokens.flatten(), batch.labels.flatten(), batch.positions.flatten()
+    for first, end in pairwise(batch.documents.tolist()):
+        target = torch.cat([tokens[first + 1 : end], tokens.new_tensor([IGNORED])])
+        wrong = (labels[first:end] != IGNORED) & (labels[first:end] != target)
+        if wrong.any():
+            yield f"labels of the document at token {first} aren't its next tokens ({int(wrong.sum())} of {end - first})"
+        if not torch.equal(positions[first:end], torch.arange(end - first)):
+            yield f"positions of the document at token {first} don't count from 0"
+
+
 def _numbers(batch: Any) -> Iterator[int]:
     """Of each row or document."""
     if isinstance(batch, TextBatch):
-        rows: Iterator[tuple[Tensor, Tensor]] = _documents(batch)
+        rows: Iterator[tuple[Tensor, Tensor]] = documents(batch)
     elif isinstance(batch, SampleBatch):
         rows = zip(batch.inputs, batch.targets, strict=True)
     else:

@@ -17,6 +17,7 @@ class Job:
     separate  each packed document in a row of its own
     dropout   whether layers drop; random masks depend on how a batch is divided
     resume    also write a checkpoint before the last step, and take that step from it once more
+    probe     also look whether the model can be compared at all
     prepare   module:function that is called with the built Run in each process, before the first step
     """
 
@@ -25,6 +26,7 @@ class Job:
     separate: bool = False
     dropout: bool = False
     resume: bool = False
+    probe: bool = False
     prepare: str | None = None
 
     def but(self, **changes: Any) -> Job:

@@ -74,7 +74,8 @@ def judge(run: Trace, plain: Trace, truth: Trace, precision: str) -> list[Line]:
     """Every comparison of a run with the plain one, in the order in which a step computes."""
     rule = Rule(precision)
     return [
-        *_same_data(run, truth),
+        *_comparable(truth),
+        *_same_data(run, plain, truth),
         _start(run, plain, truth, rule),
         _numbers("loss", run.losses, plain.losses, truth.losses, rule),
         _gradients("gradients of step 1", FIRST, run, plain, truth, rule),
@@ -91,7 +92,33 @@ def judge(run: Trace, plain: Trace, truth: Trace, precision: str) -> list[Line]:
     ]
 
 
-def _same_data(run: Trace, truth: Trace) -> Iterator[Line]:
+PROBES = {
+    "again": "two passes over the same batch give other losses: something in the model or the loss isn't deterministic",
+    "draws": "the model draws random numbers in its forward that trainwright doesn't know of, so its loss depends on how many "
+    "processes share a batch; drop with nn.Dropout, which is turned off for a proof, or draw outside of the model",
+    "order": "a row's output depends on its place in the batch, so the loss changes with the order of rows; "
+    "let the module treat every row alike",
+    "companions": "a row's output depends on the other rows of its micro-batch, so accumulation and data parallelism change "
+    "the loss; let the module treat every row alone, or use BatchNorm, whose statistics trainwright takes over all ranks",
+}
+ALIKE = 1e-9  # relative, in float64
+
+
+def _comparable(truth: Trace) -> Iterator[Line]:
+    """What no technique is to blame for. The first that fails explains those after it."""
+    for name, off in truth.probes.items():
+        if not off <= ALIKE:
+            yield Line("module", "failed", off, ALIKE, name, PROBES[name])
+            return
+    if truth.probes:
+        yield Line("module", "exact", why="the same batch gives the same loss, however its rows are ordered and divided")
+
+
+def _same_data(run: Trace, plain: Trace, truth: Trace) -> Iterator[Line]:
+    if plain.rows != truth.rows:
+        why = "two runs of the plain recipe read other rows: its data isn't a function of the seed and the step"
+        yield Line("rows of the data", "failed", where="plain run", why=why)
+        return
     different = [f"step {n}" for n, (a, b) in enumerate(zip(run.rows, truth.rows, strict=True), 1) if a != b]
     if different:
         why = "the steps don't train on the rows that the plain run trains on"

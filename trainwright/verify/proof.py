@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainwright.recipe import InputError
-from trainwright.verify import judging, techniques
+from trainwright.verify import judging, structure, techniques
 from trainwright.verify.facts import Facts
 from trainwright.verify.job import Job
 from trainwright.verify.judging import Line
@@ -62,7 +62,7 @@ class Prover:
 
     def truth(self, job: Job) -> Job:
         """The same in float64."""
-        plain = techniques.without(job, self.facts, techniques.TECHNIQUES).but(resume=False)
+        plain = techniques.without(job, self.facts, techniques.TECHNIQUES).but(resume=False, probe=True)
         return plain.with_keys({"precision": "fp64"})
 
     def compare(self, job: Job) -> Verdict:
@@ -78,7 +78,9 @@ class Prover:
             run = self._run(job, "the recipe's run")
         except Broken as error:
             return Verdict((Line("run", "failed", why=str(error)),))
-        verdict = Verdict((*self._sane(plain, truth, precision), *judging.judge(run, plain, truth, precision)))
+        compared = judging.judge(run, plain, truth, precision)
+        alone = structure.check(job.recipe, self.facts.built, run)
+        verdict = Verdict((*self._sane(plain, truth, precision), *compared, *alone))
         return verdict if verdict.good else self._reconsidered(job, verdict, truth)
 
     def _run(self, job: Job, what: str) -> Trace:

@@ -18,7 +18,7 @@ from trainwright.loop import Run
 from trainwright.parallel import exchange
 from trainwright.pieces import Held
 from trainwright.recipe.imports import import_function
-from trainwright.verify import batches, dropping
+from trainwright.verify import batches, dropping, probing
 from trainwright.verify.job import Job
 
 SCALARS, TENSORS = "trace.json", "trace.safetensors"
@@ -34,10 +34,12 @@ class Trace:
     average         averaged weights, where the recipe has them
     saved           the tensors of the saved model's files
 
+    faults    what is wrong with a batch by itself
     rows      for each step a number made of the rows that were trained on, in whatever order
     buffers   names of buffers
     learning  names of what learns
     decayed   names of what weight decay shrinks
+    probes    see ``probing.probe``
     resumed   tensors that are others after a checkpoint was read; None: that wasn't tried
     """
 
@@ -46,12 +48,14 @@ class Trace:
     norms: list[float]
     rates: list[float]
     supervised: list[int]
+    faults: list[str]
     rows: list[int]
     held_out: dict[str, float]
     buffers: list[str]
     learning: list[str]
     decayed: list[str]
     resumed: list[str] | None = None
+    probes: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def names(self, what: str) -> list[str]:
@@ -74,13 +78,14 @@ def trace(job: Job, folder: Path) -> None:
     run = _assembled(job)
     tensors: dict[str, Tensor] = {}
     _keep(tensors, BEGIN, run, run.weights())
-    rows = batches.watch(run)
+    rows, faults = batches.watch(run)
     steps = _stepped(run, job, tensors, folder)
     found = {
         "losses": [step.loss for step in steps],
         "norms": [step.grad_norm for step in steps],
         "rates": [step.learning_rate for step in steps],
         "supervised": [step.supervised for step in steps],
+        "faults": _all_names(run, iter(faults)),
         "rows": [int(number) for number in run.together([float(number) for number in rows])],
         "buffers": sorted(name for name, _ in run.model.named_buffers()),
         "learning": _all_names(run, (n.removeprefix("model.") for n in run.remember() if n.startswith("model."))),
@@ -93,6 +98,7 @@ def trace(job: Job, folder: Path) -> None:
     _keep(tensors, AVERAGE, run, _averages(run))
     found["held_out"] = loop.evaluate(run) if "held_out" in run.splits else {}
     _save(run, folder, tensors)
+    found["probes"] = probing.probe(run) if job.probe else {}
     found["resumed"] = _resumed(run, job, folder) if job.resume else None
     if run.rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
