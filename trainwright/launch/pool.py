@@ -23,7 +23,7 @@ from typing import Any
 from trainwright.recipe import RunError
 
 TIMEOUT = 120.0  # seconds that a job may take
-GROUP_TIMEOUT = 60.0  # seconds that ranks wait for each other
+GROUP_TIMEOUT = 600.0  # seconds that ranks wait for each other; long, because a failing rank ends the job at once
 Prepare = Callable[[], object]
 
 
@@ -122,6 +122,7 @@ def _answer(index: int, pipe: Connection) -> Any:
 
 def _serve(pipe: Connection, rank: int, count: int, port: int, prepare: Prepare | None) -> None:
     """What a process does: answer until nobody asks any more."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process starts others, which import torch, too
     import torch
     import torch.distributed as dist
 

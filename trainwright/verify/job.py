@@ -18,6 +18,7 @@ class Job:
     dropout   whether layers drop; random masks depend on how a batch is divided
     resume    also write a checkpoint before the last step, and take that step from it once more
     probe     also look whether the model can be compared at all
+    watch     look at what each module gives in the first step
     prepare   module:function that is called with the built Run in each process, before the first step
     """
 
@@ -27,6 +28,7 @@ class Job:
     dropout: bool = False
     resume: bool = False
     probe: bool = False
+    watch: bool = False
     prepare: str | None = None
 
     def but(self, **changes: Any) -> Job:

@@ -64,6 +64,7 @@ class Rule:
 
     @property
     def why(self) -> str:
+        """What the bound is."""
         if self.precision == "fp64":
             return "in float64 nothing but rounding may differ"
         times = f"{FACTOR[self.precision]:g} x the plain {WORDS[self.precision]} run's distance from float64"
@@ -184,7 +185,7 @@ def _line(what: str, rows: Mapping[str, tuple[float, float]], rule: Rule, failed
     if bad:
         more = f"; so do {len(bad) - 1} others" if len(bad) > 1 else ""
         return Line(what, "failed", value, bound, where, f"{where} {failed.get(where, 'differs')}{more}", tuple(bad))
-    return Line(what, "within" if value else "exact", value, bound, where, rule.why)
+    return Line(what, "within" if value else "exact", value, bound, where)
 
 
 def _start(run: Trace, plain: Trace, truth: Trace, rule: Rule) -> Line:

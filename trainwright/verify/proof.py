@@ -124,9 +124,13 @@ def _excused(line: Line, wide: Line | None) -> Line:
 
 @dataclass(frozen=True)
 class Blame:
-    """The smallest set of techniques found that fails together, and what it does first."""
+    """The smallest set of techniques found that fails together, the job that has these only, and its verdict.
+
+    No techniques: the plain recipe fails by itself.
+    """
 
     techniques: tuple[Technique, ...]
+    job: Job
     verdict: Verdict
 
     def plain(self) -> dict[str, Any]:
@@ -136,21 +140,20 @@ class Blame:
 
 
 def bisect(prover: Prover, job: Job, verdict: Verdict) -> Blame:
-    """Remove techniques one at a time while the job still fails: what is left fails only together.
-
-    A set that fails is looked for among single ones first, then pairs: most faults have one cause.
-    """
+    """The smallest set that still fails: none, a single technique, or what stays when each that isn't needed is gone."""
     found = techniques.of(job, prover.facts)
+    sets: list[list[Technique]] = [[], *([one] for one in found)]
+    for wanted in sets:
+        fewer = _with(prover, job, wanted)
+        if (failed := _failing(prover, fewer)) is not None:
+            return Blame(tuple(wanted), fewer, failed)
+    left, current, smallest = list(found), verdict, job
     for one in found:
-        alone = _with(prover, job, [one])
-        if (failed := _failing(prover, alone)) is not None:
-            return Blame((one,), failed)
-    left, current = list(found), verdict
-    for one in found:
-        fewer = [other for other in left if other is not one]
-        if (failed := _failing(prover, _with(prover, job, fewer))) is not None:
-            left, current = fewer, failed
-    return Blame(tuple(left), current)
+        wanted = [other for other in left if other is not one]
+        fewer = _with(prover, job, wanted)
+        if (failed := _failing(prover, fewer)) is not None:
+            left, current, smallest = wanted, failed, fewer
+    return Blame(tuple(left), smallest, current)
 
 
 def _with(prover: Prover, job: Job, wanted: Sequence[Technique]) -> Job:

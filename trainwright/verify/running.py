@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
+
 from trainwright.launch.pool import Pool, RankError
 from trainwright.recipe import InputError, RunError
 from trainwright.verify import tracing
@@ -76,8 +78,13 @@ class Runner:
         return tracing.load(folder)
 
     def alone(self, job: Job, folder: Path) -> None:
-        """In this process."""
-        tracing.trace(job, folder)
+        """In this process, with one thread as the others have: sums are made in the same order."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            tracing.trace(job, folder)
+        finally:
+            torch.set_num_threads(threads)
 
     def together(self, pool: Pool, job: Job, folder: Path) -> None:
         """In the processes of a pool."""

@@ -13,22 +13,27 @@ from torch import Tensor
 from trainwright.adapt.lora import is_factor
 from trainwright.built import Built
 from trainwright.models.pretrained import Source
-from trainwright.recipe import Full, Lora, Partial, Recipe
+from trainwright.recipe import Full, Lora, Partial, Recipe, TextData
 from trainwright.verify.judging import Line
 from trainwright.verify.tracing import BEGIN, END, Trace
 
 
 def check(recipe: Recipe, built: Built, run: Trace) -> list[Line]:
     """The lines of what must hold. ``built`` is the plain model without values."""
-    faults: list[tuple[str, str, Iterator[str]]] = [
-        ("labels", "labels are the next tokens of their own document, positions restart with each", iter(run.faults)),
-        ("what learns", "learning is what the section adapt says", _learning(recipe, run)),
-        ("weight decay", "only matrices decay", _decay(recipe, run)),
-        ("start of the adapter", "the adapted model begins as its base: every lora_B is zero", _adapter(recipe, run)),
-        ("tied weights", "embedding and head are one tensor", _tied(built, run)),
-        ("loaded weights", "what was loaded is what the file holds", _loaded(recipe, built, run)),
+    text = isinstance(recipe.data, TextData)
+    fresh = isinstance(recipe.adapt, Lora) and recipe.adapt.start is None
+    groups = any(group.weight_decay is not None for group in recipe.optimizer.groups)
+    tied = bool(built.config.get("tie_word_embeddings"))
+    loaded = built.source is not None and getattr(recipe.adapt, "start", None) is None
+    checks: list[tuple[str, str, bool, Iterator[str]]] = [
+        ("labels", "the next tokens of their own document; positions restart with each", text, iter(run.faults)),
+        ("what learns", "what the section adapt says", True, _learning(recipe, run)),
+        ("weight decay", "of matrices only", not groups, _decay(recipe, run)),
+        ("start of the adapter", "every lora_B is zero, so that the model begins as its base", fresh, _adapter(run)),
+        ("tied weights", "embedding and head are one tensor", tied, _tied(run)),
+        ("loaded weights", "what the file holds", loaded, _loaded(built, run)),
     ]
-    return [_line(what, why, list(found)) for what, why, found in faults]
+    return [_line(what, why, list(found)) for what, why, applies, found in checks if applies]
 
 
 def _line(what: str, why: str, faults: list[str]) -> Line:
@@ -59,8 +64,6 @@ def _wanted(recipe: Recipe) -> Callable[[str], bool]:
 
 def _decay(recipe: Recipe, run: Trace) -> Iterator[str]:
     section = recipe.optimizer
-    if any(group.weight_decay is not None for group in section.groups):
-        return
     weights = run.tensors(BEGIN)
     for name in run.learning:
         should = section.weight_decay > 0 and weights[name].ndim >= 2
@@ -68,9 +71,7 @@ def _decay(recipe: Recipe, run: Trace) -> Iterator[str]:
             yield f"{name} {'is shrunk by weight decay' if name in run.decayed else 'escapes weight decay'}"
 
 
-def _adapter(recipe: Recipe, run: Trace) -> Iterator[str]:
-    if not isinstance(recipe.adapt, Lora) or recipe.adapt.start is not None:
-        return
+def _adapter(run: Trace) -> Iterator[str]:
     for name, value in run.tensors(BEGIN).items():
         if name.endswith(".lora_B") and value.any():
             yield (
@@ -79,22 +80,14 @@ def _adapter(recipe: Recipe, run: Trace) -> Iterator[str]:
             )
 
 
-def _tied(built: Built, run: Trace) -> Iterator[str]:
-    """Two names of one parameter in the plain model are one tensor in the run."""
-    names: dict[int, str] = {}
-    for name, parameter in built.model.named_parameters(remove_duplicate=False):
-        first = names.setdefault(id(parameter), name)
-        if first != name and name in run.names(END):
-            yield f"{name} is a tensor of its own; it should be {first}"
-    config = built.config
-    if config.get("tie_word_embeddings") and "lm_head.weight" in run.names(END):
+def _tied(run: Trace) -> Iterator[str]:
+    if "lm_head.weight" in run.names(END):
         yield "lm_head.weight is a tensor of its own; the config ties it to the embedding"
 
 
-def _loaded(recipe: Recipe, built: Built, run: Trace) -> Iterator[str]:
+def _loaded(built: Built, run: Trace) -> Iterator[str]:
     """By other readers than ours: safetensors' own, and for GGUF transformers'."""
-    if built.source is None or getattr(recipe.adapt, "start", None) is not None:
-        return
+    assert built.source is not None
     ours = run.tensors(BEGIN)
     for name, value in _file_tensors(built.source, set(ours)):
         mine = ours[name]

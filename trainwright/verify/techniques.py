@@ -43,9 +43,14 @@ def _keys(**values: object) -> Callable[[Job, Facts], Job]:
 
 
 def _accumulates(job: Job, facts: Facts) -> bool:
+    return divides(job, facts) and not facts.batch_norm
+
+
+def divides(job: Job, facts: Facts) -> bool:
+    """Whether a step has several micro-batches."""
     section = job.recipe.parallel
     assert section.data != "auto"
-    return facts.micro_batch(job) * section.data < job.recipe.training.batch_size and not facts.batch_norm
+    return facts.micro_batch(job) * section.data < job.recipe.training.batch_size
 
 
 def _at_once(job: Job, facts: Facts) -> Job:

@@ -18,7 +18,7 @@ from trainwright.loop import Run
 from trainwright.parallel import exchange
 from trainwright.pieces import Held
 from trainwright.recipe.imports import import_function
-from trainwright.verify import batches, dropping, probing
+from trainwright.verify import batches, dropping, probing, watching
 from trainwright.verify.job import Job
 
 SCALARS, TENSORS = "trace.json", "trace.safetensors"
@@ -40,6 +40,7 @@ class Trace:
     learning  names of what learns
     decayed   names of what weight decay shrinks
     probes    see ``probing.probe``
+    outputs, inner  see ``watching``: of modules in the first step, of what they give and of its gradient
     resumed   tensors that are others after a checkpoint was read; None: that wasn't tried
     """
 
@@ -56,6 +57,8 @@ class Trace:
     decayed: list[str]
     resumed: list[str] | None = None
     probes: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, float] = field(default_factory=dict)
+    inner: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def names(self, what: str) -> list[str]:
@@ -79,7 +82,7 @@ def trace(job: Job, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     _keep(tensors, BEGIN, run, run.weights())
     rows, faults = batches.watch(run)
-    steps = _stepped(run, job, tensors, folder)
+    steps, seen = _stepped(run, job, tensors, folder)
     found = {
         "losses": [step.loss for step in steps],
         "norms": [step.grad_norm for step in steps],
@@ -94,6 +97,8 @@ def trace(job: Job, folder: Path) -> None:
         ),
         "notes": [f"{change.technique}: {change.summary}" for change in run.changes] + run.notes,
     }
+    if seen is not None:
+        found |= {"outputs": watching.gathered(run, seen.outputs), "inner": watching.gathered(run, seen.inner)}
     _keep(tensors, END, run, run.weights())
     _keep(tensors, AVERAGE, run, _averages(run))
     found["held_out"] = loop.evaluate(run) if "held_out" in run.splits else {}
@@ -121,9 +126,12 @@ def _assembled(job: Job) -> Run:
     return run
 
 
-def _stepped(run: Run, job: Job, tensors: dict[str, Tensor], folder: Path) -> list[loop.StepResult]:
+def _stepped(
+    run: Run, job: Job, tensors: dict[str, Tensor], folder: Path
+) -> tuple[list[loop.StepResult], watching.Watch | None]:
     """Take the steps; keeps the gradients of the first and last one, and writes a checkpoint before the last."""
     clip, last = run.clip, job.steps - 1
+    seen = watching.watch(run.model) if job.watch else None
 
     def watched() -> Tensor:
         if run.step == 0:
@@ -136,10 +144,12 @@ def _stepped(run: Run, job: Job, tensors: dict[str, Tensor], folder: Path) -> li
     steps = []
     for step in islice(loop.train(run), job.steps):
         steps.append(step)
+        if seen is not None:
+            seen.stop()
         if job.resume and run.step == last:
             _write(run, folder)
     run.clip = clip
-    return steps
+    return steps, seen
 
 
 def _keep(tensors: dict[str, Tensor], what: str, run: Run, held: Mapping[str, Held]) -> None:
