@@ -12,6 +12,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from trainwright.recipe import RunError
 
 TIMEOUT = 120.0  # seconds that a job may take
 GROUP_TIMEOUT = 600.0  # seconds that ranks wait for each other; long, because a failing rank ends the job at once
+GRACE = 0.5  # seconds until a process's end is known
 Prepare = Callable[[], object]
 
 
@@ -81,9 +84,19 @@ class Pool:
         self._ranks = self._ranks or self._started()
         try:
             return self._run(function, arguments, timeout)
+        except RankError as error:
+            gone = self._gone()
+            self.stop()
+            raise (error if gone is None else RankError(gone, "Killed", "the process is gone", "")) from None
         except BaseException:
             self.stop()
             raise
+
+    def _gone(self) -> int | None:
+        """A rank whose process ended by itself: others fail because of it, and perhaps tell so first."""
+        sentinels = [rank.process.sentinel for rank in self._ranks]
+        ended = wait(sentinels, GRACE)
+        return next((index for index, sentinel in enumerate(sentinels) if sentinel in ended), None)
 
     def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
         pipes = [rank.pipe for rank in self._ranks]
@@ -114,7 +127,7 @@ def _answer(index: int, pipe: Connection) -> Any:
     try:
         good, value = pipe.recv()
     except (EOFError, ConnectionResetError):
-        raise RankError(index, "Killed", "the process is gone", "") from None
+        raise RankError(index, "Killed", "the process is gone", "") from None  # by the system, for lack of memory perhaps
     if not good:
         raise RankError(index, *value)
     return value
@@ -126,6 +139,7 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, prepare: Prepare 
     import torch
     import torch.distributed as dist
 
+    _end_with_parent()
     if prepare is not None:
         prepare()
     torch.set_num_threads(1)
@@ -142,6 +156,18 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, prepare: Prepare 
         except BaseException as error:
             answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
         pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    """A killed parent can't end the processes that it started."""
+    parent = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _free_port() -> int:

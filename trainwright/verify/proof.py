@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainwright.recipe import InputError
@@ -18,6 +18,7 @@ from trainwright.verify.tracing import Trace
 
 Say = Callable[[str], None]
 ROUNDING = 0.1  # a distance below it may come from a rounding that decided something; float64 tells
+SHARP = {"precision": "fp32", "run.compile": "off"}
 SANE = {"fp32": 1e-3, "bf16": 0.1}  # a plain run further than that from float64 is no measure
 
 
@@ -68,9 +69,18 @@ class Prover:
     def compare(self, job: Job) -> Verdict:
         """Run a job and its twins, and judge.
 
+        A job in low precision has wide bounds, in which a fault can hide, so it is compared in float32, too.
+
         Raises:
             InputError: the recipe is refused, or the plain run is no measure. Broken: the plain run ended with an error.
         """
+        verdict = self._compare(job)
+        if self.facts.precision(job) != "bf16" or not verdict.good:
+            return verdict
+        sharp = self._compare(job.with_keys(SHARP).but(resume=False))
+        return Verdict((*verdict.lines, *_in_short(sharp)))
+
+    def _compare(self, job: Job) -> Verdict:
         precision = self.facts.precision(job)
         truth = self._run(self.truth(job), "the plain run in float64")
         plain = self._run(self.plain(job), f"the plain run in {judging.WORDS[precision]}")
@@ -113,6 +123,15 @@ class Prover:
         if any(line.verdict == "failed" for line in again.values()):
             return verdict
         return Verdict(tuple(_excused(line, again.get(line.what)) for line in verdict.lines))
+
+
+def _in_short(verdict: Verdict) -> list[Line]:
+    """Of the comparison in float32 what failed, else one line."""
+    if not verdict.good:
+        return [replace(line, what=f"in float32: {line.what}") for line in verdict.failed]
+    measured = [line for line in verdict.lines if line.value is not None and line.bound]
+    worst = max(measured, key=lambda line: (line.value or 0) / (line.bound or 1))
+    return [replace(worst, what="all of it in float32", where=f"{worst.what}: {worst.where}")]
 
 
 def _excused(line: Line, wide: Line | None) -> Line:

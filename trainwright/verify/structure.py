@@ -12,10 +12,11 @@ from torch import Tensor
 
 from trainwright.adapt.lora import is_factor
 from trainwright.built import Built
+from trainwright.ema import UPDATES
 from trainwright.models.pretrained import Source
 from trainwright.recipe import Full, Lora, Partial, Recipe, TextData
 from trainwright.verify.judging import Line
-from trainwright.verify.tracing import BEGIN, END, Trace
+from trainwright.verify.tracing import AVERAGE, BEGIN, END, SAVED, Trace
 
 
 def check(recipe: Recipe, built: Built, run: Trace) -> list[Line]:
@@ -32,6 +33,7 @@ def check(recipe: Recipe, built: Built, run: Trace) -> list[Line]:
         ("start of the adapter", "every lora_B is zero, so that the model begins as its base", fresh, _adapter(run)),
         ("tied weights", "embedding and head are one tensor", tied, _tied(run)),
         ("loaded weights", "what the file holds", loaded, _loaded(built, run)),
+        ("saved model", "everything that a reader needs, as it was after the last step", True, _saved(recipe, run)),
     ]
     return [_line(what, why, list(found)) for what, why, applies, found in checks if applies]
 
@@ -95,6 +97,27 @@ def _loaded(built: Built, run: Trace) -> Iterator[str]:
             continue  # match: overlap has said so
         if not torch.equal(mine, value.to(mine.dtype)):
             yield f"{name} isn't what {built.source.shown} holds"
+
+
+def _saved(recipe: Recipe, run: Trace) -> Iterator[str]:
+    """What is saved: everything, or what learns where the base has the rest; averages in the stead of weights."""
+    averages = {name: value for name, value in run.tensors(AVERAGE).items() if name != UPDATES}
+    wanted = {**run.tensors(END), **averages}
+    if not isinstance(recipe.adapt, Full):
+        wanted = {name: value for name, value in wanted.items() if name in run.learning}
+    saved = {_plain_name(name): value for name, value in run.tensors(SAVED).items()}
+    for name in sorted({*wanted, *saved}):
+        if name not in saved:
+            yield f"{name} isn't in the saved model"
+        elif name not in wanted:
+            yield f"{name} is in the saved model, but not in the trained one"
+        elif not torch.equal(saved[name], wanted[name].to(saved[name].dtype)):
+            yield f"{name} is saved with other values than it had after the last step"
+
+
+def _plain_name(saved: str) -> str:
+    """PEFT's names of factors as ours."""
+    return saved.removeprefix("base_model.model.").replace(".lora_A.weight", ".lora_A").replace(".lora_B.weight", ".lora_B")
 
 
 def _file_tensors(source: Source, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
