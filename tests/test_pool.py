@@ -84,8 +84,8 @@ if __name__ == "__main__":
 
 def test_they_end_with_who_started_them(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    with subprocess.Popen([sys.executable, str(tmp_path / "script.py")], stdout=subprocess.PIPE, text=True, env=environment) as job:
+    environment, command = {**os.environ, "PYTHONPATH": os.getcwd()}, [sys.executable, str(tmp_path / "script.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as job:
         worker = psutil.Process(int(job.stdout.readline()))
         job.kill()
     worker.wait(timeout=30)

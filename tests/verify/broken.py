@@ -63,7 +63,8 @@ def idle(inputs: tuple[int, ...], outputs: int) -> nn.Module:
 
 
 def huge(inputs: tuple[int, ...], outputs: int) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 200_000_000, device="meta"), nn.Linear(200_000_000, outputs, device="meta"))
+    with torch.device("meta"):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 200_000_000), nn.Linear(200_000_000, outputs))
 
 
 @torch.no_grad()
@@ -81,9 +82,8 @@ def halved_gradients(run: Run) -> None:
     def wrong(batches):
         loss = before(batches)
         if len(run.share(0)) > 1:
-            for parameter in run.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= 2
+            for held in run.gradients().values():
+                held.tensor.div_(2)
         return loss
 
     run.forward_backward = wrong

@@ -72,7 +72,8 @@ def test_every_kind_of_tensor_is_compared(kind, line, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "line"),
     [
-        ("losses", [2.0, 1.51], "loss"),
+        ("losses", [2.01, 1.5], "loss of step 1"),
+        ("losses", [2.0, 1.51], "loss of later steps"),
         ("norms", [1.01, 0.9], "gradient norm"),
         ("rates", [0.1, 0.0500001], "learning rate"),
         ("rows", [1, 3], "rows of the data"),

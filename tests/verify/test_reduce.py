@@ -63,7 +63,11 @@ def test_a_small_model_stays(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "says"),
     [
-        ({"adapt": {"method": "partial", "train": ["model.layers.5.mlp.*"]}}, Options(), r"pass --layers 6, or .*model\.layers\.1"),
+        (
+            {"adapt": {"method": "partial", "train": ["model.layers.5.mlp.*"]}},
+            Options(),
+            r"pass --layers 6, or .*model\.layers\.1",
+        ),
         ({}, Options(width=100), r"--width 100 isn't a multiple of 32"),
         ({"parallel": {"pipeline": 4}}, Options(layers=2), r"--layers 2: a pipeline of 4 stages needs at least 4 blocks"),
     ],

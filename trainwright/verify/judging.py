@@ -78,10 +78,11 @@ def judge(run: Trace, plain: Trace, truth: Trace, precision: str) -> list[Line]:
         *_comparable(truth),
         *_same_data(run, plain, truth),
         _start(run, plain, truth, rule),
-        _numbers("loss", run.losses, plain.losses, truth.losses, rule),
+        _numbers("loss of step 1", run.losses[:1], plain.losses[:1], truth.losses[:1], rule),
         _gradients("gradients of step 1", FIRST, run, plain, truth, rule),
         _numbers("gradient norm", run.norms, plain.norms, truth.norms, rule),
         _exact_numbers("learning rate", run.rates, truth.rates),
+        _numbers("loss of later steps", run.losses[1:], plain.losses[1:], truth.losses[1:], rule, first=2),
         _gradients(f"gradients of step {len(truth.losses)}", LAST, run, plain, truth, rule),
         _frozen(run),
         _weights(run, plain, truth, rule),
@@ -131,12 +132,12 @@ def _same_data(run: Trace, plain: Trace, truth: Trace) -> Iterator[Line]:
         yield Line("counted targets", "failed", where=", ".join(counts[:SHOWN]), why="what losses are divided by differs")
 
 
-def _numbers(what: str, run: list[float], plain: list[float], truth: list[float], rule: Rule) -> Line:
+def _numbers(what: str, run: list[float], plain: list[float], truth: list[float], rule: Rule, first: int = 1) -> Line:
     rows = {
         f"step {n}": (abs(a - t) / max(abs(t), 1e-12), abs(p - t) / max(abs(t), 1e-12))
-        for n, (a, p, t) in enumerate(zip(run, plain, truth, strict=True), 1)
+        for n, (a, p, t) in enumerate(zip(run, plain, truth, strict=True), first)
     }
-    failed = {f"step {n}": f"{a:.6g} instead of {t:.6g}" for n, (a, t) in enumerate(zip(run, truth, strict=True), 1)}
+    failed = {f"step {n}": f"{a:.6g} instead of {t:.6g}" for n, (a, t) in enumerate(zip(run, truth, strict=True), first)}
     worst = max(p for _, p in rows.values())  # a number may be right by chance
     return _line(what, {name: (mine, worst) for name, (mine, _) in rows.items()}, rule, failed)
 
