@@ -182,7 +182,7 @@ def _measure(
 ) -> dict[str, float]:
     sums = counts = torch.zeros(1, dtype=torch.float64)
     for batch, output in batches:
-        outputs = output.float()
+        outputs = output.to(torch.promote_types(output.dtype, torch.float32))
         targets = preparation.targets(batch.targets.to(outputs.device))
         sums = sums + criterion.sums(outputs, targets).double().cpu()
         counts = counts + criterion.counts(preparation.targets(batch.targets))

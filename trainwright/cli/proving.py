@@ -60,7 +60,7 @@ def verify(
         if Path(target).is_dir():
             from trainwright.verify import command
 
-            return command.again(run_folder(target), steps)
+            return command.again(run_folder(target), steps, nproc)
         from trainwright.verify import command
 
         options = command.Options(nproc, steps, layers, width, not no_reduce, against, prepare)

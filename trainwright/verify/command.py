@@ -122,12 +122,12 @@ def settled(recipe: Recipe, options: Options) -> Job:
     return Job(recipe, options.steps, resume=True, prepare=options.prepare).with_keys(keys)
 
 
-def again(folder: Path, steps: int) -> dict[str, Any]:
+def again(folder: Path, steps: int, nproc: int | None = None) -> dict[str, Any]:
     """Take a run's first steps once more; what ``show`` prints."""
     from trainwright.verify import finished
 
     started = time.perf_counter()
-    verdict = finished.again(folder, steps)
+    verdict = finished.again(folder, steps, nproc)
     kind = "the same bits" if verdict.exact else "the same numbers, but for roundings"
     bad = verdict.failed
     words = f"failed: {bad[0].what}: {bad[0].why}" if bad else f"verified: the run's first steps give {kind} here and now"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from trainwright.verify import telling
-from trainwright.verify.tracing import AVERAGE, BEGIN, END, FIRST, LAST, SAVED, Trace
+from trainwright.verify.tracing import AVERAGE, BEGIN, END, FIRST, LAST, SAVED, Trace, same_bits
 
 Verdict = Literal["exact", "within", "failed", "skipped"]
 FACTOR = {"fp32": 8.0, "bf16": 4.0, "fp64": 1.0}
@@ -114,6 +114,15 @@ def _comparable(truth: Trace) -> Iterator[Line]:
             return
     if truth.probes:
         yield Line("module", "exact", why="the same batch gives the same loss, however its rows are ordered and divided")
+
+
+def different_bits(run: Trace, plain: Trace) -> list[str]:
+    """What isn't the same to the bit: numbers, then tensors from the first gradient to the last weight."""
+    numbers = [name for name in ("losses", "norms") if getattr(run, name) != getattr(plain, name)]
+    for kind in (FIRST, LAST, END):
+        mine, theirs = run.tensors(kind), plain.tensors(kind)
+        numbers += [f"{kind} of {n}" for n in theirs if n not in mine or not same_bits(mine[n], theirs[n])]
+    return numbers
 
 
 def _same_data(run: Trace, plain: Trace, truth: Trace) -> Iterator[Line]:

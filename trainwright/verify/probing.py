@@ -10,7 +10,7 @@ import torch
 
 from trainwright import loop
 from trainwright.data.batches import SampleBatch
-from trainwright.data.loader import TextBatch
+from trainwright.data.loader import IGNORED, TextBatch
 from trainwright.loop import Run
 from trainwright.verify import batches
 
@@ -23,7 +23,7 @@ def probe(run: Run) -> dict[str, float]:
     again       the same once more
     draws       with other random numbers
     order       with its rows in the opposite order
-    companions  a row at a time; left out where BatchNorm looks at the others
+    companions  with half of the rows (of the model's outputs, not of the loss); left out where BatchNorm looks at the others
     """
     whole = [_joined(run.batch(0))]
     loss = _loss(run, whole)
@@ -33,7 +33,7 @@ def probe(run: Run) -> dict[str, float]:
         "order": lambda: _loss(run, [_reversed(one) for one in whole]),
     }
     if not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in run.model.modules()):
-        ways["companions"] = lambda: _loss(run, [part for one in whole for part in _halves(one)])
+        ways["companions"] = lambda: loss * (1 + max(_companions(run, one) for one in whole))
     return {name: abs(way() - loss) / max(abs(loss), 1e-12) for name, way in ways.items()}
 
 
@@ -42,6 +42,32 @@ def _loss(run: Run, parts: Sequence[Any], step: int = 0) -> float:
     loss = float(run.forward_backward(parts))
     run.optimizer.zero_grad(set_to_none=True)
     return loss
+
+
+def _companions(run: Run, batch: Any) -> float:
+    """How far the model's output of a row is from that of the row among fewer, relative to all outputs.
+
+    NOTE: not by the loss of several micro-batches, which is what accumulation computes, and may compute wrongly.
+    """
+    whole, first, worst = _output(run, batch), 0, 0.0
+    for half in _halves(batch):
+        part = _output(run, half)
+        same = whole[first : first + len(part)]
+        if isinstance(half, TextBatch):
+            counts = (half.labels != IGNORED).view(*half.labels.shape, *[1] * (part.ndim - 2))
+            same, part = same[:, : part.shape[1]] * counts, part * counts
+        worst = max(worst, float((same - part).norm() / whole.norm().clamp(min=1e-12)))
+        first += len(part)
+    return worst
+
+
+def _output(run: Run, batch: Any) -> torch.Tensor:
+    """What the model makes of a batch."""
+    seen: list[torch.Tensor] = []
+    hook = run.model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    _loss(run, [batch])
+    hook.remove()
+    return seen[0]
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ class Prover:
 
     def truth(self, job: Job) -> Job:
         """The same in float64."""
-        plain = techniques.without(job, self.facts, techniques.TECHNIQUES).but(resume=False, probe=True)
+        plain = techniques.without(job, self.facts, techniques.TECHNIQUES).but(resume=False, probe=not job.dropout)
         return plain.with_keys({"precision": "fp64"})
 
     def compare(self, job: Job) -> Verdict:
@@ -75,10 +75,28 @@ class Prover:
             InputError: the recipe is refused, or the plain run is no measure. Broken: the plain run ended with an error.
         """
         verdict = self._compare(job)
-        if self.facts.precision(job) != "bf16" or not verdict.good:
+        if not verdict.good:
             return verdict
-        sharp = self._compare(job.with_keys(SHARP).but(resume=False))
-        return Verdict((*verdict.lines, *_in_short(sharp)))
+        more = list(self._bits(job))
+        if self.facts.precision(job) == "bf16":
+            more += _in_short(self._compare(job.with_keys(SHARP).but(resume=False)))
+        return Verdict((*verdict.lines, *more))
+
+    def _bits(self, job: Job) -> Iterator[Line]:
+        """Techniques that leave every operation as it is must leave every bit; dropout, whose masks they must replay, is on."""
+        exact = [one for one in techniques.of(job, self.facts) if one.kind == "exact"]
+        if not exact:
+            return
+        alone = restricted(self.facts, job, exact).but(resume=False, dropout=True)
+        names = ", ".join(one.name for one in exact)
+        mine, plain = self._run(alone, f"{names} alone"), self._run(self.plain(alone), "the plain run with dropout")
+        what = f"bits of {names}" + " with dropout" * bool(self.facts.drops)
+        different = judging.different_bits(mine, plain)
+        if different:
+            why = f"{different[0]} isn't the same to the bit, though {names} must not change any operation"
+            yield Line(what, "failed", where=different[0], why=why, tensors=tuple(different))
+        else:
+            yield Line(what, "exact", why="every loss, gradient and weight has the plain run's bits")
 
     def _compare(self, job: Job) -> Verdict:
         precision = self.facts.precision(job)
@@ -115,6 +133,8 @@ class Prover:
         """
         if any(line.value is None or line.bound is None or line.value > ROUNDING for line in verdict.failed):
             return verdict
+        if any(one.name == "own kernels" for one in techniques.of(job, self.facts)):
+            return verdict  # they know no float64: what they do wrong would be gone with them, and decoders have no kinks
         try:
             wide = self._run(job.with_keys({"precision": "fp64"}).but(resume=False), "the recipe's run in float64")
         except (InputError, Broken):
@@ -161,28 +181,34 @@ class Blame:
 def bisect(prover: Prover, job: Job, verdict: Verdict) -> Blame:
     """The smallest set that still fails: none, a single technique, or what stays when each that isn't needed is gone."""
     found = techniques.of(job, prover.facts)
+    found = sorted(found, key=lambda one: len(_needs({one.name})))  # what others build on comes first
     sets: list[list[Technique]] = [[], *([one] for one in found)]
     for wanted in sets:
-        fewer = _with(prover, job, wanted)
+        fewer = restricted(prover.facts, job, wanted)
         if (failed := _failing(prover, fewer)) is not None:
             return Blame(tuple(wanted), fewer, failed)
     left, current, smallest = list(found), verdict, job
     for one in found:
         wanted = [other for other in left if other is not one]
-        fewer = _with(prover, job, wanted)
+        fewer = restricted(prover.facts, job, wanted)
         if (failed := _failing(prover, fewer)) is not None:
             left, current, smallest = wanted, failed, fewer
     return Blame(tuple(left), smallest, current)
 
 
-def _with(prover: Prover, job: Job, wanted: Sequence[Technique]) -> Job:
+def restricted(facts: Facts, job: Job, wanted: Sequence[Technique]) -> Job:
     """The job with some of its techniques only, and what they build on."""
-    names = {one.name for one in wanted}
+    names = _needs({one.name for one in wanted})
+    return techniques.without(job, facts, [one for one in techniques.TECHNIQUES if one.name not in names])
+
+
+def _needs(names: set[str]) -> set[str]:
+    """These, and what they build on."""
     if names & {"ZeRO", "DeepSpeed", "offload to the CPU"}:
-        names.add("data parallel")
+        names = names | {"data parallel"}
     if "offload to the CPU" in names:
-        names |= {"DeepSpeed", "ZeRO"}
-    return techniques.without(job, prover.facts, [one for one in techniques.TECHNIQUES if one.name not in names])
+        names = names | {"DeepSpeed", "ZeRO"}
+    return names
 
 
 def _failing(prover: Prover, job: Job) -> Verdict | None:

@@ -13,7 +13,7 @@ from trainwright.verify import tracing
 from trainwright.verify.job import Job
 from trainwright.verify.tracing import Trace
 
-TIMEOUT = 300.0  # seconds that a job of several processes may take
+TIMEOUT = 600.0  # seconds that a job of several processes may take
 
 
 class Broken(RunError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from trainwright.recipe import Full, Lora, Partial, Recipe, TextData
 from trainwright.verify.judging import Line
 from trainwright.verify.tracing import AVERAGE, BEGIN, END, SAVED, Trace
 
+CLIPPED = 1e-2  # relative
+
 
 def check(recipe: Recipe, built: Built, run: Trace) -> list[Line]:
     """The lines of what must hold. ``built`` is the plain model without values."""
@@ -26,8 +30,11 @@ def check(recipe: Recipe, built: Built, run: Trace) -> list[Line]:
     groups = any(group.weight_decay is not None for group in recipe.optimizer.groups)
     tied = bool(built.config.get("tie_word_embeddings"))
     loaded = built.source is not None and getattr(recipe.adapt, "start", None) is None
+    clips = recipe.training.clip_norm is not None and bool(run.clipped)
     checks: list[tuple[str, str, bool, Iterator[str]]] = [
         ("labels", "the next tokens of their own document; positions restart with each", text, iter(run.faults)),
+        ("clipping", "no longer than training.clip_norm when it is used", clips, _clipped(recipe, run)),
+        ("random numbers", "others for other data, the same for parts of a product", len(run.draws) > 1, _draws(recipe, run)),
         ("what learns", "what the section adapt says", True, _learning(recipe, run)),
         ("weight decay", "of matrices only", not groups, _decay(recipe, run)),
         ("start of the adapter", "every lora_B is zero, so that the model begins as its base", fresh, _adapter(run)),
@@ -36,6 +43,21 @@ def check(recipe: Recipe, built: Built, run: Trace) -> list[Line]:
         ("saved model", "everything that a reader needs, as it was after the last step", True, _saved(recipe, run)),
     ]
     return [_line(what, why, list(found)) for what, why, applies, found in checks if applies]
+
+
+def _clipped(recipe: Recipe, run: Trace) -> Iterator[str]:
+    largest = recipe.training.clip_norm or math.inf
+    for step, norm in enumerate(run.clipped, 1):
+        if norm > largest * (1 + CLIPPED):
+            yield f"step {step} uses a gradient of norm {norm:.4g}, though training.clip_norm is {largest:g}"
+
+
+def _draws(recipe: Recipe, run: Trace) -> Iterator[str]:
+    for (one, mine), (other, theirs) in combinations(enumerate(run.draws), 2):
+        alike = one // recipe.parallel.tensor == other // recipe.parallel.tensor
+        if (mine == theirs) != alike:
+            what = "draw the same random numbers for other data" if mine == theirs else "draw others for one product"
+            yield f"ranks {one} and {other} {what}"
 
 
 def _line(what: str, why: str, faults: list[str]) -> Line:

@@ -72,6 +72,8 @@ TECHNIQUES = (
               lambda job, facts: job.but(separate=True)),
     Technique("own kernels", "run.kernels", "order", lambda job, facts: facts.kernels and job.recipe.run.kernels != "off",
               _keys(run__kernels="off")),
+    Technique("checkpointing", "memory.checkpointing", "exact", lambda job, facts: job.recipe.memory.checkpointing != "none",
+              _keys(memory={})),
     Technique("compile", "run.compile", "order", lambda job, facts: facts.compiles(job), _keys(run__compile="off")),
     Technique("low precision", "precision", "precision", lambda job, facts: facts.precision(job) == "bf16",
               _keys(precision="fp32")),

@@ -40,6 +40,8 @@ class Trace:
     learning  names of what learns
     decayed   names of what weight decay shrinks
     probes    see ``probing.probe``
+    clipped   the norm of the whole gradient as the optimizer gets it, for each step
+    draws     the first random numbers of each process
     outputs, inner  see ``watching``: of modules in the first step, of what they give and of its gradient
     resumed   tensors that are others after a checkpoint was read; None: that wasn't tried
     """
@@ -59,6 +61,8 @@ class Trace:
     probes: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, float] = field(default_factory=dict)
     inner: dict[str, float] = field(default_factory=dict)
+    clipped: list[float] = field(default_factory=list)
+    draws: list[list[float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def names(self, what: str) -> list[str]:
@@ -82,7 +86,8 @@ def trace(job: Job, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     _keep(tensors, BEGIN, run, run.weights())
     rows, faults = batches.watch(run)
-    steps, seen = _stepped(run, job, tensors, folder)
+    clipped: list[float] = []
+    steps, seen = _stepped(run, job, tensors, folder, clipped)
     found = {
         "losses": [step.loss for step in steps],
         "norms": [step.grad_norm for step in steps],
@@ -95,6 +100,7 @@ def trace(job: Job, folder: Path) -> None:
         "decayed": _all_names(
             run, (n for group in run.optimizer.param_groups if group["weight_decay"] for n in group["names"])
         ),
+        "clipped": clipped,
         "notes": [f"{change.technique}: {change.summary}" for change in run.changes] + run.notes,
     }
     if seen is not None:
@@ -103,6 +109,7 @@ def trace(job: Job, folder: Path) -> None:
     _keep(tensors, AVERAGE, run, _averages(run))
     found["held_out"] = loop.evaluate(run) if "held_out" in run.splits else {}
     _save(run, folder, tensors)
+    found["draws"] = _draws(run)
     found["probes"] = probing.probe(run) if job.probe else {}
     found["resumed"] = _resumed(run, job, folder) if job.resume else None
     if run.rank == 0:
@@ -127,7 +134,7 @@ def _assembled(job: Job) -> Run:
 
 
 def _stepped(
-    run: Run, job: Job, tensors: dict[str, Tensor], folder: Path
+    run: Run, job: Job, tensors: dict[str, Tensor], folder: Path, clipped: list[float]
 ) -> tuple[list[loop.StepResult], watching.Watch | None]:
     """Take the steps; keeps the gradients of the first and last one, and writes a checkpoint before the last."""
     clip, last = run.clip, job.steps - 1
@@ -138,7 +145,10 @@ def _stepped(
             _keep(tensors, FIRST, run, run.gradients())
         if run.step == last:
             _keep(tensors, LAST, run, run.gradients())
-        return clip()
+        norm = clip()
+        if run.recipe.parallel.engine == "torch":  # DeepSpeed clips inside of its step
+            clipped.append(_norm(run))
+        return norm
 
     run.clip = watched
     steps = []
@@ -157,6 +167,18 @@ def _keep(tensors: dict[str, Tensor], what: str, run: Run, held: Mapping[str, He
     for name, value in exchange.collect(held, run.device):
         if value is not None:
             tensors[f"{what}/{name}"] = value.cpu().clone()
+
+
+def _norm(run: Run) -> float:
+    """Of the whole gradient as it is now, another way than the run's own."""
+    squares = [float(one.tensor.double().square().sum()) for one in run.gradients().values() if one.speaks]
+    return float(sum(run.share(sum(squares))) ** 0.5)
+
+
+def _draws(run: Run) -> list[list[float]]:
+    """What each process draws for dropout."""
+    loop.seed(run, 0)
+    return run.share(torch.rand(2).tolist())
 
 
 def _averages(run: Run) -> dict[str, Held]:
@@ -193,9 +215,10 @@ def _resumed(run: Run, job: Job, folder: Path) -> list[str]:
     for _ in islice(loop.train(again), 1):
         pass
     mine, theirs = run.remember(), again.remember()
-    different = [name for name, one in mine.items() if name not in theirs or not _same(one.tensor, theirs[name].tensor)]
+    different = [name for name, one in mine.items() if name not in theirs or not same_bits(one.tensor, theirs[name].tensor)]
     return _all_names(run, iter(different))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same; NaN is the same as NaN."""
     return one.shape == other.shape and bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
