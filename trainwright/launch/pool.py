@@ -26,6 +26,8 @@ from trainwright.recipe import RunError
 
 TIMEOUT = 120.0  # seconds that a job may take
 GROUP_TIMEOUT = 600.0  # seconds that ranks wait for each other; long, because a failing rank ends the job at once
+REFUSAL = "InputError"
+TOGETHER = 2.0  # seconds between refusals by all ranks
 GRACE = 0.5  # seconds until a process's end is known
 Prepare = Callable[[], object]
 
@@ -36,6 +38,13 @@ class RankError(RunError):
     def __init__(self, rank: int, kind: str, message: str, trace: str) -> None:
         super().__init__(f"rank {rank}: {kind}: {message}")
         self.rank, self.kind, self.message, self.trace = rank, kind, message, trace
+
+
+class AllRefused(Exception):
+    """All ranks refused their input alike, so that none waits for another."""
+
+    def __init__(self, first: RankError) -> None:
+        self.first = first
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ class Pool:
         self._ranks = self._ranks or self._started()
         try:
             return self._run(function, arguments, timeout)
+        except AllRefused as error:
+            raise error.first from None
         except RankError as error:
             gone = self._gone()
             self.stop()
@@ -103,14 +114,23 @@ class Pool:
         for pipe in pipes:
             pipe.send((function, arguments))
         answers: dict[int, Any] = {}
-        while len(answers) < len(pipes):
-            waiting = [index for index in range(len(pipes)) if index not in answers]
-            ready = wait([pipes[index] for index in waiting], timeout)
+        refused: dict[int, RankError] = {}
+        while len(answers) + len(refused) < len(pipes):
+            waiting = [index for index in range(len(pipes)) if index not in answers and index not in refused]
+            ready = wait([pipes[index] for index in waiting], TOGETHER if refused else timeout)
             if not ready:
-                raise TimeoutError(f"rank{'s' * (len(waiting) > 1)} {waiting} gave no answer in {timeout:.0f} s")
-            for index in waiting:
-                if pipes[index] in ready:
+                words = f"rank{'s' * (len(waiting) > 1)} {waiting} gave no answer in {timeout:.0f} s"
+                raise next(iter(refused.values()), None) or TimeoutError(words)
+            for index in (index for index in waiting if pipes[index] in ready):
+                try:
                     answers[index] = _answer(index, pipes[index])
+                except RankError as error:
+                    if error.kind != REFUSAL:
+                        raise
+                    refused[index] = error
+        if refused:
+            first = next(iter(refused.values()))
+            raise first if answers else AllRefused(first)
         return [answers[index] for index in range(len(pipes))]
 
     def stop(self) -> None:

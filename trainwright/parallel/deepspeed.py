@@ -82,6 +82,11 @@ class Engine:
         """
         return partial(self.engine, function)
 
+    def rest(self) -> None:
+        """End gathers that stage 3 began for a forward that doesn't come: a parameter in flight can't be read or set."""
+        if self.stage == 3:
+            self.engine.empty_partition_cache()
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of one micro-batch to the step's; with the last one they are summed over the ranks.
 

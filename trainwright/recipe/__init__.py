@@ -47,6 +47,7 @@ from trainwright.recipe.learning import (
     TorchOptimizer,
     Weighted,
 )  # fmt: skip
+from trainwright.recipe.memory import Memory
 from trainwright.recipe.model import Adapt, Full, Init, Lora, Model, Partial, Scheme
 from trainwright.recipe.parallel import Parallel
 from trainwright.recipe.running import (
@@ -100,6 +101,7 @@ __all__ = [
     "Linear",
     "Lora",
     "Loss",
+    "Memory",
     "Model",
     "Mse",
     "OneCycle",

@@ -11,6 +11,8 @@ from trainwright.recipe.types import either, known_paths
 # Names of Hugging Face's TrainingArguments, PEFT's LoraConfig, TRL, axolotl and LLaMA-Factory that people type
 # from habit: "key of the recipe", "key: value" or "key; a remark".
 ALIASES = {
+    "activation_checkpointing": "memory.checkpointing: full",
+    "activation_offloading": "memory.checkpointing: offload",
     "adam_beta1": "optimizer.betas",
     "adam_beta2": "optimizer.betas",
     "adam_epsilon": "optimizer.eps",
@@ -29,6 +31,7 @@ ALIASES = {
     "fp16": "precision: bf16 or fp32; fp16 is not offered",
     "grad_clip": "training.clip_norm",
     "gradient_accumulation_steps": "training.micro_batch_size; accumulation follows from it and training.batch_size",
+    "gradient_checkpointing": "memory.checkpointing: full",
     "gradient_clipping": "training.clip_norm",
     "greater_is_better": "evaluation.best.direction",
     "label_smoothing_factor": "loss.label_smoothing",
@@ -60,6 +63,7 @@ ALIASES = {
     "peft_type": "adapt.method",
     "per_device_train_batch_size": "training.micro_batch_size; training.batch_size counts all processes",
     "r": "adapt.rank",
+    "recompute_activations": "memory.checkpointing: full",
     "report_to": "tracking.tensorboard",
     "sample_packing": "data.packing",
     "save_steps": "checkpoint.every",
@@ -74,6 +78,7 @@ ALIASES = {
     "train_on_inputs": "data.supervise: all",
     "trainable_parameters": "adapt.train; with adapt.method: partial",
     "unfrozen_parameters": "adapt.train; with adapt.method: partial",
+    "use_gradient_checkpointing": "memory.checkpointing: full",
     "use_rslora": "adapt.scaling: rslora",
     "val_set_size": "data.held_out",
     "validation_file": "data.held_out",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from trainwright.recipe.base import Section
 from trainwright.recipe.data import Data, TextData
 from trainwright.recipe.learning import AdamW, Cosine, CrossEntropy, Loss, Optimizer, Schedule
+from trainwright.recipe.memory import Memory
 from trainwright.recipe.model import Adapt, Full, Model
 from trainwright.recipe.parallel import Parallel
 from trainwright.recipe.running import Checkpoint, Evaluation, RunOptions, Tracking, Training
@@ -46,6 +47,7 @@ class Recipe(Section):
         description="bf16: products in bf16, frozen weights stored in bf16, trained ones keep fp32 masters. "
         "fp64: slow; what other runs are measured by",
     )
+    memory: Memory = Field(default_factory=Memory)
     parallel: Parallel = Field(default_factory=Parallel)
     training: Training = Field(default_factory=Training)
     evaluation: Evaluation = Field(default_factory=Evaluation)

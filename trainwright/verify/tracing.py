@@ -123,6 +123,7 @@ def load(folder: Path) -> Trace:
 
 
 def _assembled(job: Job) -> Run:
+    torch._dynamo.reset()  # what jobs before this one compiled counts towards a limit, beyond which nothing is compiled
     run = build.assemble(job.recipe)
     if not job.dropout:
         dropping.off(run.model)

@@ -1,0 +1,37 @@
+"""The section ``memory``: what is given up so that a run takes less of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trainwright.recipe.base import Positive, Section
+
+
+class Memory(Section):
+    """What the backward needs of the forward: kept, computed again, or put elsewhere."""
+
+    checkpointing: Literal["none", "full", "selective", "offload"] = Field(
+        "none",
+        description="of each block the backward keeps... none: everything. full: its inputs; the rest is computed again. "
+        "selective: what is dear to compute again. offload: full, and the inputs wait outside of the device's memory",
+    )
+    every: Positive = Field(1, description="so many neighbouring blocks are computed again at once; full and offload")
+    blocks: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="name patterns of the modules that are blocks; null: those of the model, or its repeated parts"
+    )
+    folder: str | None = Field(
+        None, description="offload on a CPU writes a file here, while it runs; null: the system's folder for temporary files"
+    )
+
+    @model_validator(mode="after")
+    def _everything_has_an_effect(self) -> Memory:
+        mode = self.checkpointing
+        if self.every > 1 and mode in ("none", "selective"):
+            raise ValueError(f"every has no effect: checkpointing is {mode}; it is for full and offload")
+        if self.blocks is not None and mode == "none":
+            raise ValueError("blocks has no effect: checkpointing is none")
+        if self.folder is not None and mode != "offload":
+            raise ValueError(f"folder has no effect: checkpointing is {mode}, not offload")
+        return self
