@@ -269,11 +269,11 @@ def test_a_run_folder_is_not_a_recipe(file: Path) -> None:
     [
         (
             {"precision": "bf61"},
-            "precision: found the text 'bf61'; must be 'auto', 'fp32' or 'bf16' (did you mean 'bf16'?)",
+            "precision: found the text 'bf61'; must be 'auto', 'fp32', 'bf16' or 'fp64' (did you mean 'bf16'?)",
         ),
         (
             {"precision": "BF16"},
-            "precision: found the text 'BF16'; must be 'auto', 'fp32' or 'bf16' (did you mean 'bf16'?)",
+            "precision: found the text 'BF16'; must be 'auto', 'fp32', 'bf16' or 'fp64' (did you mean 'bf16'?)",
         ),
         ({"training": {"steps": 0}}, "training.steps: found 0; must be a whole number of at least 1 or null"),
         ({"training": {"steps": True}}, "training.steps: found true; must be a whole number of at least 1 or null"),
@@ -352,7 +352,7 @@ def test_values(mapping: dict[str, Any], said: str) -> None:
         ({"num-train-epochs": 3}, "num-train-epochs: unknown key (did you mean 'training.epochs'?)"),
         (
             {"training": {"every": 1}},
-            "training.every: unknown key here; it belongs to evaluation.every or checkpoint.every",
+            "training.every: unknown key here; it belongs to memory.every, evaluation.every or checkpoint.every",
         ),
         (
             {"evaluation": {"best": {"metric": "loss", "direction": "minimize", "greater_is_better": True}}},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import logging
 import os
 import weakref
 from pathlib import Path
@@ -152,7 +151,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
-        for storage in [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)]:
+        for storage in [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor) and not x.is_meta]:
             if storage._cdata not in self.alive:
                 self.now += storage.nbytes()
                 self.alive[storage._cdata] = weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
@@ -220,10 +219,11 @@ def test_memory_is_what_the_mode_promises():
     assert found["offload"][0] < 0.1
     assert found["offload, every 3"][0] < 0.1
     assert 1.3 * found["full"][0] < found["selective"][0] < 0.7 * found["none"][0]
-    # gradients that flow are no activations: what the plain backward has of them beside what it frees
+    flow = found["none"][1] - found["none"][0]  # gradients on their way, which are there in any backward
+    at_once = {"full": 1, "every 2": 2, "offload": 1, "offload, every 3": 3}
+    for name, blocks in at_once.items():
+        assert found[name][1] <= 1.05 * (found[name][0] + blocks * block + flow + ("offload" in name)), name
     assert found["full"][1] <= 1.3 * (inputs + block)
-    assert found["offload"][1] <= 1.3 * (block + 2)
-    assert found["offload, every 3"][1] <= 1.3 * (3 * block + 2)
 
 
 def test_evaluation_keeps_nothing(folder, monkeypatch):
@@ -437,7 +437,6 @@ def test_compiled_blocks_drop_the_same_and_share_a_graph(mode):
     assert 0.3 < (states[-1] == 0).float().mean() < 0.7
     assert counters["stats"]["unique_graphs"] <= 2, "one for a leaf, one for all others"
     assert [name for name, _ in model.named_parameters()] == names
-    logging.getLogger("torch").handlers.clear()
 
 
 def test_every_mode_is_described(folder):

@@ -6,6 +6,7 @@ share one graph. Compiled blocks are computed again inside of their own compiled
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -61,6 +62,8 @@ def apply(model: nn.Module, section: Memory, device: torch.device, parallel: Par
     for module in (module for block in blocks.values() for module in block.modules()):
         if getattr(module, "inplace", False):
             vars(module)["inplace"] = False  # what is kept must not change
+    # torch warns of such changes wherever results are selected in compiled code.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     what = f"{len(blocks)} block{'s' * (len(blocks) > 1)}" + (f", {section.every} at once" if section.every > 1 else "")
     where = "in a file" if device.type == "cpu" else "in CPU memory"
     return [Change("checkpointing", f"{mode}: {SUMMARIES[mode].format(what, where)}", tuple(blocks))]
