@@ -38,7 +38,10 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "decoder partial": (tiny, {**TEXT, "adapt": {"method": "partial", "train": ["*layers.[12].mlp*", "*norm*"]}}),
     "decoder bf16": (tiny, {**TEXT, "adapt": LORA, "precision": "bf16"}),
     "resnet9": (small, {"model": {"architecture": "resnet9", "options": {"stem": 4, "channels": [8, 8]}}}),
-    "resnet18": (small, {"model": {"architecture": "resnet18", "options": {"width": 8, "stochastic_depth": 0.2}}}),
+    "resnet18": (
+        small,
+        {"model": {"architecture": "resnet18", "options": {"width": 4, "stochastic_depth": 0.2}}, "training__batch_size": 16},
+    ),
     "cnn": (small, {"model": {"architecture": "cnn", "options": {"channels": [4, 16, 16], "dropout": 0.1}}}),
     "lstm": (small, {"model": {"architecture": "lstm", "options": {"layers": 2, "hidden": 16, "dropout": 0.1}}}),
     "mlp": (small, {"model__options": {"hidden": [80, 80, 70], "dropout": 0.1, "norm": "batch"}}),
@@ -120,8 +123,9 @@ def plain(folder) -> Any:
     return found
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "mode"), [(n, m) for n in MODELS for m in MODES if n != "resnet18" or m in ("full", "every 2")]
+)
 def test_no_bit_changes(name, mode, folder, plain):
     losses, gradients, state, names = plain(name)
     found = trace(folder, name, MODES[mode])

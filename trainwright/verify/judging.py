@@ -72,8 +72,12 @@ class Rule:
         return f"{times}, at least {FACTOR[self.precision] * FLOOR[self.precision]:.0e}"
 
 
-def judge(run: Trace, plain: Trace, truth: Trace, precision: str) -> list[Line]:
-    """Every comparison of a run with the plain one, in the order in which a step computes."""
+def judge(run: Trace, plain: Trace, truth: Trace, precision: str, *, compiled: bool = False) -> list[Line]:
+    """Every comparison of a run with the plain one, in the order in which a step computes.
+
+    Args:
+        compiled: a compiler may make other code after a restart, so that a resumed run rounds otherwise.
+    """
     rule = Rule(precision)
     return [
         *_comparable(truth),
@@ -90,7 +94,7 @@ def judge(run: Trace, plain: Trace, truth: Trace, precision: str) -> list[Line]:
         *_averages(run, plain, truth, rule),
         _saved(run, plain, truth, rule),
         *_held_out(run, plain, truth, rule),
-        *_resumed(run),
+        *_resumed(run, rule if compiled else None),
         *_legs(run),
     ]
 
@@ -257,12 +261,15 @@ def _held_out(run: Trace, plain: Trace, truth: Trace, rule: Rule) -> Iterator[Li
         yield _numbers("held-out loss", mine, plains, truths, rule)
 
 
-def _resumed(run: Trace) -> Iterator[Line]:
+def _resumed(run: Trace, rule: Rule | None) -> Iterator[Line]:
     if run.resumed is None:
         return
     if run.resumed:
-        why = f"{run.resumed[0]} is another after reading the checkpoint and taking the last step again"
-        yield Line("resume", "failed", where=run.resumed[0], why=why, tensors=tuple(run.resumed))
+        first, worst = next(iter(run.resumed)), max(run.resumed.values())
+        bound = rule.bound(0.0) if rule else 0.0
+        why = f"{first} is another after reading the checkpoint and taking the last step again"
+        verdict: Verdict = "within" if worst <= bound else "failed"
+        yield Line("resume", verdict, worst, bound, first, why if verdict == "failed" else "", tuple(run.resumed))
     else:
         yield Line("resume", "exact", why="the last step, taken again from a checkpoint, gives the same bits")
 

@@ -106,7 +106,7 @@ class Prover:
             run = self._run(job, "the recipe's run")
         except Broken as error:
             return Verdict((Line("run", "failed", why=str(error)),))
-        compared = judging.judge(run, plain, truth, precision)
+        compared = judging.judge(run, plain, truth, precision, compiled=self.facts.compiles(job))
         alone = structure.check(job.recipe, self.facts.built, run)
         verdict = Verdict((*self._sane(plain, truth, precision), *compared, *alone))
         return verdict if verdict.good else self._reconsidered(job, verdict, truth)

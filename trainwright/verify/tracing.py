@@ -21,6 +21,7 @@ from trainwright.recipe.imports import import_function
 from trainwright.verify import batches, dropping, probing, watching
 from trainwright.verify.job import Job
 
+GONE = 1e30  # larger than any difference; JSON has no infinity
 SCALARS, TENSORS = "trace.json", "trace.safetensors"
 BEGIN, FIRST, LAST, END, AVERAGE, SAVED = "begin", "first gradient", "last gradient", "end", "average", "saved"
 
@@ -43,7 +44,7 @@ class Trace:
     clipped   the norm of the whole gradient as the optimizer gets it, for each step
     draws     the first random numbers of each process
     outputs, inner  see ``watching``: of modules in the first step, of what they give and of its gradient
-    resumed   tensors that are others after a checkpoint was read; None: that wasn't tried
+    resumed   tensors that are others after a checkpoint was read, and by how much of their size; None: that wasn't tried
     """
 
     folder: Path
@@ -57,7 +58,7 @@ class Trace:
     buffers: list[str]
     learning: list[str]
     decayed: list[str]
-    resumed: list[str] | None = None
+    resumed: dict[str, float] | None = None
     probes: dict[str, float] = field(default_factory=dict)
     outputs: dict[str, float] = field(default_factory=dict)
     inner: dict[str, float] = field(default_factory=dict)
@@ -208,16 +209,30 @@ def _write(run: Run, folder: Path) -> None:
     checkpoint.write_held(folder, run.step, run.remember(), {}, team)
 
 
-def _resumed(run: Run, job: Job, folder: Path) -> list[str]:
-    """Take the last step once more, in a run that begins from the checkpoint; the tensors that are others then."""
+def _resumed(run: Run, job: Job, folder: Path) -> dict[str, float]:
+    """Take the last step once more, in a run that begins from the checkpoint; the tensors that are others then.
+
+    With each, the largest difference that a process sees, relative to its part of the tensor.
+    """
     again = _assembled(job)
     again.recall(checkpoint.Reader(checkpoint.path_of(folder, job.steps - 1)), True)
     again.step = job.steps - 1
     for _ in islice(loop.train(again), 1):
         pass
     mine, theirs = run.remember(), again.remember()
-    different = [name for name, one in mine.items() if name not in theirs or not same_bits(one.tensor, theirs[name].tensor)]
-    return _all_names(run, iter(different))
+    different = {name: _apart(one, theirs.get(name)) for name, one in mine.items()}
+    told = run.share({name: apart for name, apart in different.items() if apart})
+    return {name: max(one.get(name, 0.0) for one in told) for names in told for name in names}
+
+
+def _apart(one: Held, other: Held | None) -> float:
+    """Relative; 0 where every bit is the same, and huge where the other is missing."""
+    if other is None:
+        return GONE
+    if same_bits(one.tensor, other.tensor):
+        return 0.0
+    mine, theirs = one.tensor.double(), other.tensor.double()
+    return float((mine - theirs).norm() / mine.norm().clamp(min=1e-30))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
