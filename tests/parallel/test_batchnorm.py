@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import ranks
 from tests.parallel.zero import world
@@ -95,6 +97,130 @@ def test_low_precision_and_channels_last(dtype: torch.dtype, stored: torch.dtype
     np.testing.assert_allclose(np.concatenate([f["x"][0] for f in found]), x.grad.numpy(), atol=tolerance)
 
 
+def autocast(mean: float, spread: float, common: float) -> dict[str, tuple[float, float]]:
+    """Root mean squares of what is wrong here and in nn.BatchNorm on the whole batch, in bfloat16 under autocast."""
+    axis, parts, shape = world(2), [3, 5], (8, 48, 10, 9)
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(shape, generator=generator)
+    x = (normal * spread + mean).bfloat16()
+    dy = torch.randn(shape, generator=generator) + common * torch.randn(1, 48, 1, 1, generator=generator) * (1 + normal)
+    truth, theirs, ours = (nn.BatchNorm2d(48, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.float32))
+    for made in (truth, theirs, ours):
+        nn.init.normal_(made.weight, generator=torch.Generator().manual_seed(4))
+    batchnorm.apply(nn.Sequential(ours), axis)
+
+    def results(made: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+        x = x.detach().clone(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype != torch.float64):
+            y = made(x)
+        assert y.dtype == x.dtype
+        y.backward(dy.to(y.dtype))
+        return [t.double() for t in (y.detach(), x.grad, *(p.grad for p in made.parameters()))]
+
+    right, known = results(truth, x.double(), dy.bfloat16().double()), results(theirs, x, dy.bfloat16())
+    own = results(ours, x.split(parts)[axis.index], dy.bfloat16().split(parts)[axis.index])
+    for total in own[2:]:
+        dist.all_reduce(total)
+    right[:2] = [whole.split(parts)[axis.index] for whole in right[:2]]
+    known[:2] = [whole.split(parts)[axis.index] for whole in known[:2]]
+    return {
+        name: (float((found - true).square().mean().sqrt()), float((other - true).square().mean().sqrt()))
+        for name, true, other, found in zip(("y", "x", "weight", "bias"), right, known, own, strict=True)
+    }
+
+
+@pytest.mark.parametrize(("mean", "spread", "common"), [(0.0, 1.0, 0.1), (100.0, 3.0, 0.1), (0.5, 0.1, 0.7)])
+def test_bfloat16_is_as_near_to_the_truth_as_torch(mean: float, spread: float, common: float) -> None:
+    for errors in ranks.run(2, autocast, mean, spread, common):
+        for name, (ours, theirs) in errors.items():
+            assert theirs > 0
+            assert ours < 2 * theirs, name
+
+
+class Widened(TorchDispatchMode):
+    """What was made with at least so many numbers, by dtype and strides."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.found = numbers, set[tuple[torch.dtype, tuple[int, ...]]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, (tuple, list)) else [result]
+        self.found |= {(t.dtype, t.stride()) for t in tensors if isinstance(t, Tensor) and t.numel() >= self.numbers}
+        return result
+
+
+def passes() -> list[set[tuple[torch.dtype, tuple[int, ...]]]]:
+    """What a layer makes of channels-last bfloat16 images, and of a gradient in the other order."""
+    axis, found = world(2), []
+    for kind, shape, order in (
+        (nn.BatchNorm2d, (2, 6, 5, 4), torch.channels_last),
+        (nn.BatchNorm3d, (2, 6, 5, 4, 3), torch.channels_last_3d),
+    ):
+        made = kind(6)
+        batchnorm.apply(nn.Sequential(made), axis)
+        x = torch.randn(shape, dtype=torch.bfloat16).contiguous(memory_format=order).requires_grad_()
+        dy = torch.randn(shape, dtype=torch.bfloat16)
+        with Widened(x.numel()) as widened:
+            y = made(x)
+            y.backward(dy)
+        assert x.grad is not None
+        assert {x.stride()} == {y.stride(), x.grad.stride()} == {stride for _, stride in widened.found}
+        found.append({dtype for dtype, _ in widened.found})
+    return found
+
+
+def test_nothing_is_widened_and_the_order_in_memory_stays() -> None:
+    assert ranks.run(2, passes) == [[{torch.bfloat16}] * 2] * 2
+
+
+def checked() -> bool:
+    """Derivatives by differences; as many processes as one can differ at a time."""
+    group = dist.group.WORLD
+    assert group is not None
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in ((3, 2, 2), (2,), (2,))
+    )
+
+    def normalised(*inputs: Tensor | None) -> Tensor:
+        return batchnorm._Normalise.apply(*inputs, 1e-3, group)[0]
+
+    assert torch.autograd.gradcheck(normalised, (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda x: normalised(x, None, None), (x,))
+    loss = torch.autograd.grad(normalised(x, weight, bias).square().sum(), x, create_graph=True)[0].sum()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        loss.backward()
+    return True
+
+
+def test_derivatives() -> None:
+    assert ranks.run(1, checked) == [True]
+
+
+def overtaken() -> list[float]:
+    """Sums that the other process hasn't begun are under way, as of gradients; statistics don't wait for them."""
+    axis = world(2)
+    made = nn.BatchNorm1d(3)
+    batchnorm.apply(nn.Sequential(made), axis)
+    again = nn.BatchNorm1d(3)
+    batchnorm.apply(nn.Sequential(again), axis)
+    assert again.group is made.group  # type: ignore[union-attr]
+    gradients = [torch.full((5,), 1.0 + axis.index) for _ in range(6)]
+    works = [dist.all_reduce(g, group=axis.group, async_op=True) for g in gradients if axis.index == 0]
+    x = torch.arange(6.0).view(2, 3).mul(1 + axis.index).requires_grad_()
+    made(x).square().sum().backward()
+    works += [dist.all_reduce(g, group=axis.group, async_op=True) for g in gradients if axis.index == 1]
+    for work in works:
+        work.wait()
+    return [float(g.mean()) for g in gradients]
+
+
+def test_statistics_overtake_gradients() -> None:
+    assert ranks.run(2, overtaken) == [[3.0] * 6] * 2
+
+
 def few(parts: list[int]) -> str:
     made = nn.BatchNorm1d(4)
     axis = world(len(parts))
@@ -114,7 +240,8 @@ class FakeGroup:
     """Enough to apply it in one process."""
 
 
-def test_names_and_classes() -> None:
+def test_names_and_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batchnorm, "_aside", lambda group: group)
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm2d(2), nn.BatchNorm2d(2), nn.LayerNorm(2))
     model[3].requires_grad_(False)
     norms.hold_frozen(model)

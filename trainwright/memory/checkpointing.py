@@ -101,7 +101,7 @@ class Recomputed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        if torch.compiler.is_compiling():  # a graph computes operators again, not changes of buffers
+        if torch.compiler.is_compiling():  # NOTE: a graph would change buffers again, so nobody compiles what has such
             if self.selects:
                 return checkpoint(super().forward, *args, use_reentrant=False, context_fn=_selecting, **kwargs)
             return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)

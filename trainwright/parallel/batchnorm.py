@@ -1,15 +1,18 @@
 """BatchNorm whose statistics are those of the whole micro-batch, each part of which another process has.
 
 torch's SyncBatchNorm is for GPUs alone; this one is for any device, with torch's own kernels for what each process computes.
+They read bfloat16 in either memory format and compute in float32, so that nothing is widened in memory.
 """
 
 from __future__ import annotations
 
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trainwright.models.contract import Change
 from trainwright.parallel.mesh import Axis
@@ -69,11 +72,29 @@ def apply(model: nn.Module, axis: Axis) -> Change | None:
     names = [name for name, module in model.named_modules() if type(module) in SHARED]
     if axis.group is None or not names:
         return None
+    group = _aside(axis.group)
     for name in names:
         module = model.get_submodule(name)
         module.__class__ = SHARED[type(module)]
-        cast(_Shared, module).group = axis.group
+        cast(_Shared, module).group = group
     return Change("batchnorm", f"{len(names)} BatchNorm layers share statistics over {axis.size} processes", tuple(names))
+
+
+_asides: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def _aside(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The same processes, with threads and connections of their own where that matters; all of them call it.
+
+    gloo does one thing after another, so statistics, for which a backward waits, would queue behind the gradients of layers.
+    """
+    if dist.get_backend(group) != "gloo":
+        return group
+    if group not in _asides:
+        members, options = dist.get_process_group_ranks(group), group._get_backend(torch.device("cpu")).options
+        made = dist.new_group(members, options._timeout, "gloo", use_local_synchronization=True)
+        _asides[group] = cast(dist.ProcessGroup, made)
+    return _asides[group]
 
 
 class _Normalise(torch.autograd.Function):
@@ -98,21 +119,17 @@ class _Normalise(torch.autograd.Function):
         return y, mean, squares, count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        x, stored, mean, variance, count = ctx.saved_tensors
-        weight = None if stored is None else stored.to(mean.dtype)
-        grad, d_weight, d_bias = _with_constant_statistics(grads[0], x, weight, mean, variance, ctx.eps)
+        x, weight, mean, variance, count = ctx.saved_tensors
+        # Kernels are slow where the orders in memory differ.
+        grad = grads[0] if grads[0].stride() == x.stride() else torch.empty_like(x).copy_(grads[0])
+        d_weight, d_bias = _own_sums(grad, x, mean, variance, ctx.eps)
         means = torch.stack([d_bias, d_weight]) / count
         dist.all_reduce(means, group=ctx.group)
-        scale = torch.rsqrt(variance + ctx.eps)
-        factor = scale if weight is None else weight * scale
-        slope = factor * scale * means[1]
-        shift = slope * mean - factor * means[0]
-        shape = [-1, *[1] * (x.ndim - 2)]
-        grad = torch.addcmul(grad + shift.view(shape), x.to(grad.dtype), slope.view(shape), value=-1).to(x.dtype)
         needs = ctx.needs_input_grad
-        d_weight, d_bias = (d if stored is None else d.to(stored.dtype) for d in (d_weight, d_bias))
-        return grad, d_weight if needs[1] else None, d_bias if needs[2] else None, None, None
+        d_x = _through_statistics(grad, x, weight, mean, variance, ctx.eps, means) if needs[0] else None
+        return d_x, d_weight if needs[1] else None, d_bias if needs[2] else None, None, None
 
 
 def _moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +137,7 @@ def _moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tenso
     channels, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
     own = x.new_zeros(2 * channels + 1, dtype=wide)
     if len(x):
-        variance, mean = torch.var_mean(x.to(wide), _all_but_channels(x), correction=0)
+        mean, variance = _own_moments(x, own[:channels])
         own = torch.cat([mean, variance * (x.numel() // channels), own.new_full((1,), x.numel() // channels)])
     every = own.new_empty(group.size(), len(own))
     dist.all_gather_single(every.view(-1), own, group=group)
@@ -130,17 +147,42 @@ def _moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tenso
     return mean, (squares + counts * (means - mean).square()).sum(0), count
 
 
-def _with_constant_statistics(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias as if mean and variance didn't depend on the input, in the statistics' dtype."""
+def _own_moments(x: Tensor, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (channels,) of this process's values, in the dtype of ``unused``, (channels,)."""
+    if x.is_cpu:
+        return torch.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
+    variance, mean = torch.var_mean(x.to(unused.dtype), [dim for dim in range(x.ndim) if dim != 1], correction=0)
+    return mean, variance
+
+
+def _own_sums(grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Sums (channels,) over this process's values: of the gradient times the normalised input, and of the gradient."""
     if not len(x):
-        return torch.zeros_like(x, dtype=mean.dtype), torch.zeros_like(mean), torch.zeros_like(mean)
-    grad, x = grad.to(mean.dtype), x.to(mean.dtype)
-    return torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, mean, variance, None, None, False, eps, [True, True, True]
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    _, products, sums = torch.ops.aten.native_batch_norm_backward(
+        grad, x, torch.ones_like(mean), mean, variance, None, None, False, eps, [False, True, True]
     )
+    return products, sums
 
 
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [dim for dim in range(x.ndim) if dim != 1]
+def _through_statistics(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float, means: Tensor
+) -> Tensor:
+    """The gradient of the input: that of the output without its parts along a constant and the normalised input, scaled.
+
+    Subtracted first and scaled then, because each pass rounds to bfloat16 what it gives.
+
+    Args:
+        means: (2, channels), over all processes: of the output's gradient, and of it times the normalised input.
+    """
+    if not len(x):
+        return torch.zeros_like(x)
+    scale = torch.rsqrt(variance + eps)
+    parts = _affine(x, mean, scale * means[1], means[0])
+    torch.sub(grad, parts, out=parts)
+    return _affine(parts, torch.zeros_like(mean), scale if weight is None else scale * weight.to(scale.dtype), None)
+
+
+def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """``(x - mean) * scale + shift`` of each channel, in one pass over memory."""
+    return nn.functional.batch_norm(x, mean, torch.ones_like(mean), scale, shift, eps=0.0)
