@@ -400,6 +400,17 @@ def test_kernels_that_drop_are_computed_again():
     assert again.name == "PREFER_RECOMPUTE"
 
 
+def test_layers_in_place_leave_what_is_kept():
+    gradients = []
+    for memory in (Memory(), Memory(checkpointing="selective")):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.SiLU(inplace=True)) for _ in range(2)))
+        checkpointing.apply(model, memory, CPU)
+        model(torch.randn(8, 64)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 # --- compiled -----------------------------------------------------------------
 
 
