@@ -152,3 +152,10 @@ def test_deepspeed_divides_rows_whose_micro_batch_no_file_gives(tmp_path: Path) 
     found = imported(tmp_path, ds=ds, args=OUTPUT, acc={**TWO, "distributed_type": "DEEPSPEED", "num_processes": 4})
     assert (found.recipe["training"]["batch_size"], found.recipe["training"]["micro_batch_size"]) == (40, 10)
     assert not [finding for finding in found.findings if finding.level == "error"]
+
+
+@pytest.mark.parametrize(("said", "mode"), [(True, "full"), ("true", "full"), (False, None), (None, None)])
+def test_gradient_checkpointing(said, mode, tmp_path) -> None:
+    found = imported(tmp_path, args={**OUTPUT, "gradient_checkpointing": said})
+    assert found.recipe.get("memory", {}).get("checkpointing") == mode
+    assert not [finding for finding in found.findings if finding.key == "gradient_checkpointing" and finding.level == "warning"]

@@ -55,6 +55,19 @@ def test_a_pipeline_keeps_blocks_for_its_stages(tmp_path):
     assert smaller.job.recipe.training.batch_size == 4
 
 
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        {"method": "partial", "train": ["model.layers.3.mlp.*"]},
+        {"method": "lora", "targets": ["model.layers.3.self_attn.*_proj"]},
+        {"freeze": ["model.layers.[01].*", "model.layers.3.*"]},
+    ],
+)
+def test_blocks_that_the_recipe_names_stay(adapt, tmp_path):
+    _, model = reduced(tmp_path, adapt=adapt)
+    assert model.config.num_hidden_layers == 4
+
+
 def test_a_small_model_stays(tmp_path):
     job = command.settled(tiny.recipe(tmp_path), Options())
     assert "layers" not in reduce.reduce(job, facts.look(job)).words
@@ -64,9 +77,9 @@ def test_a_small_model_stays(tmp_path):
     ("changes", "options", "says"),
     [
         (
-            {"adapt": {"method": "partial", "train": ["model.layers.5.mlp.*"]}},
-            Options(),
-            r"pass --layers 6, or .*model\.layers\.1",
+            {"adapt": {"method": "partial", "train": ["model.layers.4.mlp.*"]}},
+            Options(layers=2),
+            r"--layers 2: .* because it names 'model\.layers\.4\.mlp\.\*'; pass --layers 5, or .*model\.layers\.1",
         ),
         ({}, Options(width=100), r"--width 100 isn't a multiple of 32"),
         ({"parallel": {"pipeline": 4}}, Options(layers=2), r"--layers 2: a pipeline of 4 stages needs at least 4 blocks"),

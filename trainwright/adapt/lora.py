@@ -77,7 +77,7 @@ class LoraLinear(nn.Linear):
         """Base and adapter on x, and perhaps a bias."""
         dropped = dropout(x, self.dropout, self.training, self.portion) if self.dropout else x
         low = nn.functional.linear(dropped, self.lora_A) * self.scale
-        return nn.functional.linear(x, self.weight, bias) + nn.functional.linear(low, self.lora_B)
+        return _added(nn.functional.linear(x, self.weight, bias), low, self.lora_B)
 
     @staticmethod
     def apply_all(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
@@ -89,9 +89,9 @@ class LoraLinear(nn.Linear):
             return [layer(x) for layer in layers]
         adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
         low = nn.functional.linear(x, torch.cat([layer.lora_A for layer in adapted])) * adapted[0].scale
-        added = nn.functional.linear(low, torch.block_diag(*(layer.lora_B for layer in adapted)))
-        parts = added.split([layer.out_features for layer in adapted], -1)
-        return [nn.functional.linear(x, y.weight, y.bias) + part for y, part in zip(adapted, parts, strict=True)]
+        parts = low.split([len(layer.lora_A) for layer in adapted], -1)
+        bases = [nn.functional.linear(x, layer.weight, layer.bias) for layer in adapted]
+        return [_added(base, part, layer.lora_B) for base, part, layer in zip(bases, parts, adapted, strict=True)]
 
     def effective_weight(self) -> Tensor:
         """W + scale * B A, summed in float32 at least, in W's dtype; without dropout."""
@@ -111,6 +111,12 @@ def _adapt(layer: nn.Module, section: Lora) -> None:
 def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """The layers that have factors, with their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
+
+
+def _added(base: Tensor, low: Tensor, factor: Tensor) -> Tensor:
+    """``base`` (..., out) with ``low`` (..., rank) times B (out, rank): one product that ends in the base's memory."""
+    flat = torch.addmm(base.reshape(-1, base.shape[-1]), low.reshape(-1, low.shape[-1]), factor.T)
+    return flat.view(base.shape)
 
 
 @torch.no_grad()

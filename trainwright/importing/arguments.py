@@ -26,6 +26,7 @@ OF_SCRIPTS: dict[str, tuple[str, str]] = {
     "dataset_text_field": ("data.fields.text", "word"),
 }
 # Keys that something is made of, here or where several files meet.
+RECOMPUTED = ("gradient_checkpointing", "activation_checkpointing")
 TRANSLATED = (
     "output_dir", "per_device_train_batch_size", "per_gpu_train_batch_size", "gradient_accumulation_steps", "max_steps",
     "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim",
@@ -34,6 +35,7 @@ TRANSLATED = (
     "eval_steps", "eval_on_start", "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end",
     "metric_for_best_model", "greater_is_better", "seed", "data_seed", "use_cpu", "no_cuda", "report_to",
     "accelerator_config", "fsdp", "fsdp_config", "deepspeed",
+    *RECOMPUTED,
 )  # fmt: skip
 KNOWN = (*TRANSLATED, *PLAIN, *OF_SCRIPTS)
 STRATEGIES = ("no", "steps", "epoch")
@@ -55,6 +57,7 @@ def translate(reading: Reading) -> None:
     _evaluation(reading)
     _checkpoints(reading)
     best_of_arguments(reading)
+    _memory(reading)
     _run(reading)
     _parallel(reading)
     for key, (path, kind) in OF_SCRIPTS.items():
@@ -173,6 +176,12 @@ def _checkpoints(reading: Reading) -> None:
     count = f": {steps // every} of them" if isinstance(every, int) and steps > every else ""
     what = f"not limited, so transformers keeps every checkpoint{count}; here the last 2 stay"
     reading.tell("note", "save_total_limit", what, "set checkpoint.keep for more", "checkpoint.every")
+
+
+def _memory(reading: Reading) -> None:
+    for key in RECOMPUTED:
+        if reading.flag(key):
+            reading.say("memory.checkpointing", "full", key)
 
 
 def _run(reading: Reading) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from trainwright.importing.findings import Plain
 
-MEMORY = "activations aren't recomputed here: the numbers are the same, the memory isn't"
+MEMORY = "activations are computed again where the recipe says so"
+RECOMPUTE = "set memory.checkpointing: full"
 LOGGED = "every step is in metrics.jsonl here"
 HUB = "nothing is uploaded here"
 EVALUATED = "evaluation keeps sums here, not outputs"
@@ -16,10 +17,8 @@ SERVICE = "belongs to a service that isn't fed from here"
 COLUMNS = "columns are found, or named by data.fields"
 
 PLAIN: dict[str, Plain] = {
-    "activation_checkpointing": Plain(MEMORY, "warning", fix="if memory lacks, make training.micro_batch_size smaller"),
-    "activation_checkpointing_kwargs": Plain(MEMORY),
-    "gradient_checkpointing": Plain(MEMORY, "warning", fix="if memory lacks, make training.micro_batch_size smaller"),
-    "gradient_checkpointing_kwargs": Plain(MEMORY),
+    "activation_checkpointing_kwargs": Plain("never the reentrant way; the numbers are the same"),
+    "gradient_checkpointing_kwargs": Plain("never the reentrant way; the numbers are the same"),
     "average_tokens_across_devices": Plain("the loss is divided by the tokens of all processes, always", idle=(None, True)),
     "bf16_full_eval": Plain("evaluation has the precision of training here"),
     "fp16_full_eval": Plain("evaluation has the precision of training here"),
@@ -156,8 +155,8 @@ FSDP: dict[str, Plain] = {
     "use_orig_params": Plain("parameters keep their names and shapes, always", idle=(None, True)),
     "cpu_ram_efficient_loading": Plain("no process ever holds the whole model at zero 3", idle=()),
     "sync_module_states": Plain("weights are loaded straight into their shards", idle=()),
-    "activation_checkpointing": Plain(MEMORY, "warning", fix="if memory lacks, make training.micro_batch_size smaller"),
-    "activation_checkpointing_offload": Plain(MEMORY),
+    "activation_checkpointing": Plain(MEMORY, "warning", fix=RECOMPUTE),
+    "activation_checkpointing_offload": Plain(MEMORY, "warning", fix="set memory.checkpointing: offload"),
     "xla": Plain(OTHER_DEVICE, "warning"),
     "xla_fsdp_settings": Plain(OTHER_DEVICE),
     "xla_fsdp_grad_ckpt": Plain(OTHER_DEVICE),

@@ -106,8 +106,7 @@ class Recomputed(nn.Module):
                 return checkpoint(super().forward, *args, use_reentrant=False, context_fn=_selecting, **kwargs)
             return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
         contexts = partial(_contexts, self.buffers_, self.selects)
-        # NOTE: no check of shapes, because what DeepSpeed has divided is without one between forward and backward.
-        return checkpoint(super().forward, *args, use_reentrant=False, context_fn=contexts, determinism_check="none", **kwargs)
+        return checkpoint(super().forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 _selecting = partial(create_selective_checkpoint_contexts, selective.policy)

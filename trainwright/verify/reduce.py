@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from trainwright.models import decoder
-from trainwright.recipe import DECODER, InputError, Partial, Recipe, TextData
+from trainwright.recipe import DECODER, InputError, Lora, Partial, Recipe, TextData
 from trainwright.verify.facts import Facts
 from trainwright.verify.job import Job
 
@@ -111,21 +111,26 @@ def _fewer_layers(job: Job, config: decoder.DecoderConfig, layers: int | None) -
     least = max(2, parts)
     if layers is not None and layers < parts:
         raise InputError(f"--layers {layers}: a pipeline of {parts} stages needs at least {parts} blocks")
-    chosen = layers or min(config.num_hidden_layers, least)
-    if isinstance(job.recipe.adapt, Partial):
-        _check_patterns(job.recipe.adapt, chosen, config.num_hidden_layers)
+    named = _named(job)
+    chosen = layers or min(config.num_hidden_layers, max(least, *named.values(), 0))
+    for pattern, needed in named.items():
+        if needed > chosen:
+            raise InputError(
+                f"--layers {chosen}: the recipe can't be reduced so far, because it names "
+                f"{pattern!r}; pass --layers {needed}, or name another block (model.layers.{chosen - 1}.*)"
+            )
     return {"num_hidden_layers": chosen}
 
 
-def _check_patterns(section: Partial, layers: int, whole: int) -> None:
-    """Raises InputError where a pattern names a block that would be gone."""
-    for pattern in section.train:
-        named = [int(part) for part in pattern.split(".") if part.isdecimal()]
-        if named and max(named) >= layers:
-            raise InputError(
-                f"verify: the recipe can't be reduced to {layers} of {whole} layers, because adapt.train names {pattern!r}; "
-                f"pass --layers {max(named) + 1}, or name another block (adapt.train='[\"model.layers.{layers - 1}.*\"]')"
-            )
+def _named(job: Job) -> dict[str, int]:
+    """Patterns of what is adapted that name a block, and how many blocks must be there for it."""
+    section = job.recipe.adapt
+    targets = (
+        section.targets if isinstance(section, Lora) else section.train if isinstance(section, Partial) else section.freeze
+    )
+    patterns = [targets] if isinstance(targets, str) else targets
+    numbers = {pattern: [int(part) for part in pattern.split(".") if part.isdecimal()] for pattern in patterns}
+    return {pattern: 1 + max(found) for pattern, found in numbers.items() if found}
 
 
 def _narrower(job: Job, config: decoder.DecoderConfig, width: int | None) -> dict[str, Any]:
