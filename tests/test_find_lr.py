@@ -52,7 +52,7 @@ def run_of(model=None, objective=None, **keys):
         steps=10, steps_per_epoch=10, batch=batch, identity=str,
         forward_backward=partial(loop.accumulate, objective or squares, lambda batch: batch.supervised),
         clip=partial(optim.clip_, list(model.parameters()), 1.0), splits={}, measure=lambda batches, done: {},
-        save=lambda path: None, gradients=dict, remember=dict, recall=lambda stored, everything: None,
+        save=lambda path: None, gradients=dict, weights=dict, remember=dict, recall=lambda stored, everything: None,
         compute_dtype=torch.float32, unit="samples", fingerprint="",
     )  # fmt: skip
 
