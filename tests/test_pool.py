@@ -36,6 +36,15 @@ def _fails(rank: int) -> int:
     return 0
 
 
+def _group() -> int:
+    dist.new_group([0, 1])
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def test_groups_of_a_job_are_gone_with_it(pool):
+    assert pool.run(_group) == pool.run(_group) == [2, 2]
+
+
 def _refuses() -> None:
     raise InputError("not like this")
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -24,6 +25,7 @@ from typing import Any
 
 from trainwright.recipe import RunError
 
+DEEPSPEED = ("deepspeed.utils.groups", "deepspeed.comm.comm")
 TIMEOUT = 120.0  # seconds that a job may take
 GROUP_TIMEOUT = 600.0  # seconds that ranks wait for each other; long, because a failing rank ends the job at once
 REFUSAL = "InputError"
@@ -171,11 +173,40 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, prepare: Prepare 
             function, arguments = pipe.recv()
         except EOFError:
             os._exit(0)
+        _forget_groups()
         try:
             answer = (True, function(*arguments))
         except BaseException as error:
             answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
         pipe.send(answer)
+
+
+def _forget_groups() -> None:
+    """Close what the job before this one opened, of which all ranks have answered: each group of gloo's has threads that wake.
+
+    NOTE: DeepSpeed keeps groups for the next job in variables of its modules.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    kept = {id(group) for name in DEEPSPEED for group in _groups_in(vars(sys.modules[name]) if name in sys.modules else {})}
+    for group in list(_world.pg_map):
+        if group is not dist.group.WORLD and id(group) not in kept:
+            dist.destroy_process_group(group)
+
+
+def _groups_in(value: Any, depth: int = 3) -> Iterator[Any]:
+    """The process groups that a module's variables, and what they hold, refer to."""
+    import torch.distributed as dist
+
+    if isinstance(value, dist.ProcessGroup):
+        yield value
+    elif depth:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        if type(value).__module__.startswith("deepspeed"):
+            inner = vars(value).values() if hasattr(value, "__dict__") else ()
+        for one in list(inner):
+            yield from _groups_in(one, depth - 1)
 
 
 def _end_with_parent() -> None:
