@@ -6,8 +6,8 @@ They read bfloat16 in either memory format and compute in float32, so that nothi
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from trainwright.models.contract import Change
 from trainwright.parallel.mesh import Axis
+
+PORTION = 2**16  # numbers of a thread's portion: with two copies in float32 it stays in a second-level cache
 
 
 class _Shared(nn.modules.batchnorm._BatchNorm):
@@ -80,9 +82,6 @@ def apply(model: nn.Module, axis: Axis) -> Change | None:
     return Change("batchnorm", f"{len(names)} BatchNorm layers share statistics over {axis.size} processes", tuple(names))
 
 
-_asides: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
-
-
 def _aside(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The same processes, with threads and connections of their own where that matters; all of them call it.
 
@@ -90,11 +89,9 @@ def _aside(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """
     if dist.get_backend(group) != "gloo":
         return group
-    if group not in _asides:
-        members, options = dist.get_process_group_ranks(group), group._get_backend(torch.device("cpu")).options
-        made = dist.new_group(members, options._timeout, "gloo", use_local_synchronization=True)
-        _asides[group] = cast(dist.ProcessGroup, made)
-    return _asides[group]
+    members, options = dist.get_process_group_ranks(group), group._get_backend(torch.device("cpu")).options
+    made = dist.new_group(members, options._timeout, "gloo", use_local_synchronization=True)
+    return cast(dist.ProcessGroup, made)
 
 
 class _Normalise(torch.autograd.Function):
@@ -170,19 +167,29 @@ def _through_statistics(
 ) -> Tensor:
     """The gradient of the input: that of the output without its parts along a constant and the normalised input, scaled.
 
-    Subtracted first and scaled then, because each pass rounds to bfloat16 what it gives.
+    torch has no kernel for it; so it is done in portions that stay in the cache, in the statistics' dtype, and rounded once.
 
     Args:
         means: (2, channels), over all processes: of the output's gradient, and of it times the normalised input.
     """
-    if not len(x):
-        return torch.zeros_like(x)
     scale = torch.rsqrt(variance + eps)
-    parts = _affine(x, mean, scale * means[1], means[0])
-    torch.sub(grad, parts, out=parts)
-    return _affine(parts, torch.zeros_like(mean), scale if weight is None else scale * weight.to(scale.dtype), None)
+    factor = scale if weight is None else scale * weight.to(scale.dtype)
+    slope = -factor * scale * means[1]
+    shift = -(factor * means[0] + slope * mean)
+    d_x = torch.empty_like(x)
+    tensors = _by_rows(x, grad, d_x)
+    first = tensors[0]
+    factor, slope, shift = (t.view(-1, *[1] * (first.ndim - 2)) for t in (factor, slope, shift))
+    count = max(1, PORTION * torch.get_num_threads() // max(1, math.prod(first.shape[1:]))) if x.is_cpu else max(1, len(x))
+    wide = [torch.empty_like(first[:count], dtype=scale.dtype) for _ in range(2)]
+    for x_part, grad_part, out in zip(*(t.split(count) for t in tensors), strict=True):
+        total, term = (t[: len(x_part)] for t in wide)
+        torch.addcmul(shift, total.copy_(x_part), slope, out=total)
+        out.copy_(total.addcmul_(term.copy_(grad_part), factor))
+    return d_x
 
 
-def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """``(x - mean) * scale + shift`` of each channel, in one pass over memory."""
-    return nn.functional.batch_norm(x, mean, torch.ones_like(mean), scale, shift, eps=0.0)
+def _by_rows(*tensors: Tensor) -> list[Tensor]:
+    """As (values, channels) if that is their order in memory, so that portions may have any size; else as they are."""
+    turned = [t.movedim(1, -1) for t in tensors]
+    return [t.flatten(0, -2) for t in turned] if all(t.is_contiguous() for t in turned) else list(tensors)
