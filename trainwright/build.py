@@ -7,7 +7,7 @@ stands in ``language``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -39,30 +39,34 @@ def assemble(
     *,
     splits: text.TextSplits | None = None,
     progress: Progress = lambda what, done: None,
+    rehearsal: Callable[[], AbstractContextManager[object]] | None = None,
 ) -> Run:
     """The whole program of a recipe.
 
     Args:
         splits: documents already tokenised, instead of those that ``recipe.data`` names.
         progress: called with what is being prepared and how much of it is done.
+        rehearsal: what data are prepared in, where the rest is built of tensors without values.
 
     Raises:
         InputError: a setting that is wrong, or has no effect, with these data and this model.
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
+    real, values = rehearsal or nullcontext, rehearsal is None
     if isinstance(recipe.data, TextData):
         built = assemble_model(recipe, mesh=_join(recipe))
-        with collectives.in_turn(built.device):  # the first process fills the cache
+        with real(), collectives.in_turn(built.device):  # the first process fills the cache
             documents = language.prepare(recipe, built, splits, progress)
-        places = filling.fill(built, recipe)
+        places = filling.fill(built, recipe, values)
         part = language.join(recipe, built, documents, filling.compiles(recipe, built))
     else:
         from trainwright import supervised  # NOTE: here, because text needn't wait for the libraries of images and metrics
 
-        samples = supervised.prepare(recipe, progress)
+        with real():
+            samples = supervised.prepare(recipe, progress)
         built = assemble_model(recipe, samples.shape, mesh=_join(recipe))
-        places = filling.fill(built, recipe)
+        places = filling.fill(built, recipe, values)
         part = supervised.join(recipe, built, samples)
     return _program(recipe, built, part, places)
 

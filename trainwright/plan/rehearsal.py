@@ -1,0 +1,223 @@
+"""The real program of a recipe on fake tensors: built by ``build.assemble``, stepped by its own callables, nothing computed.
+
+Fake tensors have a shape, a dtype and a device, and no values (``torch._subclasses.fake_tensor``); a fake process group answers
+at once. So the steps of a job of any size run in one process in seconds, and every storage and every operator is seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from trainwright import build, loop
+from trainwright.loop import Batch, Run
+from trainwright.pieces import local
+from trainwright.plan.counting import Counts
+from trainwright.plan.ledger import Ledger, Peak, numbers
+from trainwright.plan.moments import Moments
+from trainwright.recipe import InputError, Recipe
+
+aten = torch.ops.aten
+PARTS = ("parameters", "gradients", "optimizer states", "activations", "temporary", "communication", "batch")
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What one process of a run takes.
+
+    parts     bytes at the peak, by ``PARTS``
+    resting   bytes between steps
+    timeline  (phase, bytes) in equal parts of a step
+    """
+
+    rank: int
+    peak: Peak
+    parts: dict[str, int]
+    resting: int
+    timeline: list[tuple[str, int]]
+    counts: Counts
+    units: int
+    changes: list[tuple[str, str]] = field(default_factory=list)
+    unit: str = "tokens"
+
+
+class Watching(TorchDispatchMode):
+    """Sees every operator; answers what a fake tensor can't."""
+
+    def __init__(self, fake: FakeTensorMode, ledger: Ledger, counts: Counts, moments: Moments) -> None:
+        super().__init__()
+        self.fake, self.ledger, self.counts, self.moments = fake, ledger, counts, moments
+        self.batch: Batch | None = None
+        self.messages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its local operators are seen
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
+            return _some(args[0])
+        if func is aten.nonzero.default:
+            assert self.batch is not None
+            result: Any = torch.empty((self.batch.supervised, 1), dtype=torch.int64, device=args[0].device)
+        else:
+            try:
+                result = func(*args, **kwargs)
+            except (NotImplementedError, RuntimeError) as error:
+                raise _unable(func, error) from None
+        self.ledger.see(result)
+        self.counts.count(func, args, kwargs, result, self.moments.now()[0])
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.messages |= numbers(self.ledger, [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)])
+        return result
+
+
+def _some(value: Tensor) -> float | int | bool:
+    """A value that is as good as any."""
+    if value.dtype == torch.bool:
+        return True
+    return 1.0 if value.dtype.is_floating_point else 1
+
+
+def _unable(operator: Any, error: Exception) -> InputError:
+    return InputError(
+        f"plan: the operator {operator} has no fake form ({str(error).splitlines()[0][:160]}); "
+        "give it one by torch.library.register_fake, or measure instead: trainwright train RECIPE training.steps=3"
+    )
+
+
+@contextmanager
+def processes(count: int, rank: int) -> Iterator[None]:
+    """A job of so many processes of which this one is ``rank``, and which does nothing."""
+    if count == 1:
+        yield
+        return
+    dist.init_process_group("fake", rank=rank, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rehearse(recipe: Recipe, count: int = 1, rank: int = 0, *, steps: int = 2, splits: Any = None) -> Rehearsed:
+    """Build a recipe's program as process ``rank`` of ``count`` sees it, and take its first steps.
+
+    Raises:
+        InputError: as ``build.assemble``; or an operator that has no fake form.
+    """
+    moments, counts = Moments(), Counts()
+    device = build.choose_device(recipe.run.device)
+    ledger = Ledger(device, moments.now)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    watching = Watching(fake, ledger, counts, moments)
+    with ExitStack() as stack:
+        stack.enter_context(processes(count, rank))
+        stack.enter_context(ledger.resizing())
+        stack.enter_context(fake)
+        stack.enter_context(watching)
+        run = build.assemble(recipe, splits=splits, rehearsal=_disable_current_modes)
+        moments.name(run.model)
+        stack.enter_context(moments.following())
+        return _steps(run, watching, steps, rank)
+
+
+def _steps(run: Run, watching: Watching, steps: int, rank: int) -> Rehearsed:
+    ledger, counts, moments = watching.ledger, watching.counts, watching.moments
+    run.model.train()
+    gc.collect()
+    start = 0
+    for number in range(steps):
+        start = len(ledger.events)
+        counts.works.clear(), counts.messages.clear(), counts.unknown.clear()
+        moments.phase = "batch"
+        batches = _batches(run, watching)
+        gradients = _step(run, watching, batches)
+    peak = ledger.peak(start)
+    known = _known(run, watching, gradients)
+    return Rehearsed(
+        rank=rank,
+        peak=peak,
+        parts=_parts(peak, known, ledger),
+        resting=sum(event.change for event in ledger.events),
+        timeline=ledger.timeline(start),
+        counts=counts,
+        units=sum(batch.size for batch in batches),
+        changes=[(change.technique, change.summary) for change in run.changes],
+        unit=run.unit,
+    )
+
+
+def _batches(run: Run, watching: Watching) -> Sequence[Batch]:
+    with _disable_current_modes():
+        batches = run.batch(0)
+    return [_faked(batch, watching) for batch in batches]
+
+
+def _faked(batch: Any, watching: Watching) -> Any:
+    changes = {}
+    for entry in dataclasses.fields(batch):
+        value = getattr(batch, entry.name)
+        if isinstance(value, Tensor):
+            changes[entry.name] = watching.fake.from_tensor(value)
+            watching.ledger.see(changes[entry.name])
+    return dataclasses.replace(batch, **changes)
+
+
+def _step(run: Run, watching: Watching, batches: Sequence[Batch]) -> set[int]:
+    """One step as the loop takes it; gives the storages of the gradients."""
+    moments, ledger, counts = watching.moments, watching.ledger, watching.counts
+    watching.batch = batches[0]
+    counts.pairs = getattr(batches[0], "pairs", 0)
+    moments.phase = "forward"
+    loop.seed(run, 0)
+    run.forward_backward(batches)
+    moments.phase = "optimizer"
+    run.clip()
+    gradients = numbers(ledger, [local(p.grad) for p in _learning(run) if p.grad is not None])
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return gradients
+
+
+def _learning(run: Run) -> list[Tensor]:
+    return [p for group in run.optimizer.param_groups for p in group["params"]]
+
+
+def _known(run: Run, watching: Watching, gradients: set[int]) -> dict[str, set[int]]:
+    ledger = watching.ledger
+    tensors = [local(t) for t in (*run.model.parameters(), *run.model.buffers(), *_learning(run))]
+    states = getattr(run.optimizer, "state", {})
+    held = [local(v) for state in states.values() for v in state.values() if isinstance(v, Tensor)]
+    return {
+        "parameters": numbers(ledger, tensors),
+        "optimizer states": numbers(ledger, held),
+        "gradients": gradients,
+        "communication": watching.messages,
+    }
+
+
+def _parts(peak: Peak, known: dict[str, set[int]], ledger: Ledger) -> dict[str, int]:
+    """Bytes at the peak. What a forward made and a backward ends is an activation; anything else is temporary."""
+    born = {event.storage: event.moment[0] for event in reversed(ledger.events[: peak.index + 1])}
+    ended = {event.storage: event.moment[0] for event in ledger.events[peak.index + 1 :] if event.change < 0}
+    parts = dict.fromkeys(PARTS, 0)
+    for storage, size in peak.live.items():
+        name = next((part for part in ("parameters", "optimizer states", "gradients", "communication")
+                     if storage in known[part]), None)  # fmt: skip
+        if name is None:
+            first = born.get(storage, "")
+            kept = first == "forward" and ended.get(storage) == "backward"
+            name = "batch" if first == "batch" else "activations" if kept else "temporary"
+        parts[name] += size
+    return parts
