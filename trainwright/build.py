@@ -55,7 +55,9 @@ def assemble(
         torch.set_num_threads(recipe.run.threads)
     real, values = rehearsal or nullcontext, rehearsal is None
     if isinstance(recipe.data, TextData):
-        built = assemble_model(recipe, mesh=_join(recipe))
+        with real():
+            mesh = _join(recipe)
+        built = assemble_model(recipe, mesh=mesh)
         with real(), collectives.in_turn(built.device):  # the first process fills the cache
             documents = language.prepare(recipe, built, splits, progress)
         places = filling.fill(built, recipe, values)
@@ -65,7 +67,8 @@ def assemble(
 
         with real():
             samples = supervised.prepare(recipe, progress)
-        built = assemble_model(recipe, samples.shape, mesh=_join(recipe))
+            mesh = _join(recipe)
+        built = assemble_model(recipe, samples.shape, mesh=mesh)
         places = filling.fill(built, recipe, values)
         part = supervised.join(recipe, built, samples)
     return _program(recipe, built, part, places)

@@ -95,7 +95,7 @@ def share(model: nn.Module, recipe: Recipe, mesh: Mesh, device: torch.device) ->
     blocks: Sequence[nn.Module] = [block for block in _blocks(model) if any(True for _ in block.parameters())]
     if stage == 3:
         assert mesh.devices is not None
-        return sharded.shard(model, mesh.devices["data"], blocks, device)
+        return sharded.shard(model, mesh.devices, blocks, device)
     return gradients.share(model, mesh.data, stage, blocks)
 
 

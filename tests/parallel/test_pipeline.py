@@ -430,7 +430,7 @@ def run_products(stage: int, schedule: str, tune: str) -> set:
     split = pipeline.apply(mine, mesh.pipeline, schedule)
     assert mesh.devices is not None
     if stage == 3:
-        sharing = sharded.shard(mine, mesh.devices["data"], mine.blocks(), torch.device("cpu"))
+        sharing = sharded.shard(mine, mesh.devices, mine.blocks(), torch.device("cpu"))
     else:
         sharing = gradients.share(mine, mesh.data, stage, mine.blocks())
     device = torch.device("cpu")

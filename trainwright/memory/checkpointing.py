@@ -33,11 +33,14 @@ SUMMARIES = {
 }
 
 
-def apply(model: nn.Module, section: Memory, device: torch.device, parallel: Parallel = ALONE) -> list[Change]:
+def apply(
+    model: nn.Module, section: Memory, device: torch.device, parallel: Parallel = ALONE, *, values: bool = True
+) -> list[Change]:
     """Checkpoint the blocks of a model that has its parameters; before they are compiled. Gradients keep every bit.
 
     Args:
         parallel: who gathers parameters for a block, where they are divided.
+        values: whether tensors have any; else nothing is written to files.
 
     Raises:
         InputError: no blocks, names that match nothing, or a folder that can't be written to.
@@ -51,7 +54,7 @@ def apply(model: nn.Module, section: Memory, device: torch.device, parallel: Par
             "set it to 1, or parallel.engine to torch"
         )
     blocks = find(model, section.blocks, "memory.blocks")
-    store = offloading.store_for(device, section.folder) if mode == "offload" else None
+    store = offloading.store_for(device, section.folder, values) if mode == "offload" else None
     if section.every > 1:
         _join(list(blocks.values()), section.every, device, store)
     else:

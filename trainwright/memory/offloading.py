@@ -104,8 +104,8 @@ def _identity(tensor: Any) -> Identity:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def store_for(device: torch.device, folder: str | None) -> Store:
-    """CPU memory for what is on an accelerator, else a file in ``folder``.
+def store_for(device: torch.device, folder: str | None, values: bool = True) -> Store:
+    """CPU memory for what is on an accelerator, else a file in ``folder``; without values nothing is put anywhere.
 
     Raises:
         InputError: there can't be a file.
@@ -114,7 +114,26 @@ def store_for(device: torch.device, folder: str | None) -> Store:
         if folder is not None:
             raise InputError(f"memory.folder has no effect: what is on {device} goes to CPU memory; leave it out")
         return Store(Host(device))
-    return Store(Disk(Path(folder or tempfile.gettempdir())))
+    return Store(Disk(Path(folder or tempfile.gettempdir())) if values else Nowhere(device))
+
+
+class Nowhere:
+    """For tensors without values."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def write(self, numbers: Tensor) -> None:
+        """There is nothing to put anywhere."""
+
+    def hint(self, token: None) -> None:
+        """Nothing will be read."""
+
+    def read(self, token: None, like: Tensor) -> Tensor:
+        return torch.empty(like.numel(), dtype=like.dtype, device=self._device).as_strided(like.shape, like.stride())
+
+    def forget(self, token: None) -> None:
+        """Nothing was kept."""
 
 
 class Host:

@@ -24,7 +24,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes of this process; ``devices`` is the same as torch's mesh, with the names ``NAMES``."""
+    """The axes of this process; ``devices`` is the axis ``data`` as torch's mesh."""
 
     pipeline: Axis = field(default_factory=Axis)
     data: Axis = field(default_factory=Axis)
@@ -54,7 +54,7 @@ def join(section: Parallel, device: torch.device) -> Mesh:
         return Mesh()
     devices = init_device_mesh(device.type, sizes, mesh_dim_names=NAMES)
     axes = {name: _axis(devices, name) for name in NAMES}
-    return Mesh(**axes, devices=devices)
+    return Mesh(**axes, devices=devices["data"])
 
 
 def axis_sizes(section: Parallel, world: int) -> tuple[int, int, int]:

@@ -27,10 +27,10 @@ def start_all_gather(parts: Tensor, index: int, group: dist.ProcessGroup) -> Lan
 def start_reduce_scatter(parts: Tensor, group: dist.ProcessGroup) -> Landing:
     """Begin to sum ``parts``, (processes, n), over the processes, each of which gets its own row, (n,).
 
-    gloo's own reduce-scatter is an all-reduce, which sends twice as much. So there the terms are exchanged and added here: in
+    gloo's own reduce-scatter is an all-reduce, which sends twice as much. So on CPUs the terms are exchanged and added here: in
     the order of the ranks, and in float32 at least.
     """
-    if dist.get_backend(group) != "gloo":
+    if parts.device.type != "cpu":
         total = parts.new_empty(parts.shape[1])
         return partial(_land, dist.reduce_scatter_single(total, parts.view(-1), group=group, async_op=True), total, parts)
     terms = torch.empty_like(parts)

@@ -24,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from trainwright import build, loop
 from trainwright.loop import Batch, Run
 from trainwright.pieces import local
+from trainwright.parallel.pipeline_run import Hidden
 from trainwright.plan.counting import Counts
+from trainwright.plan.hops import told
 from trainwright.plan.ledger import Ledger, Peak, numbers
 from trainwright.plan.moments import Moments
 from trainwright.recipe import InputError, Recipe
@@ -61,13 +63,14 @@ class Watching(TorchDispatchMode):
         self.fake, self.ledger, self.counts, self.moments = fake, ledger, counts, moments
         self.batch: Batch | None = None
         self.messages: set[int] = set()
+        self.counting: set[int] = set()  # storages of 0, 1, 2, ...
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its local operators are seen
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
-            return _some(args[0])
+            return self._value(args[0])
         if func is aten.nonzero.default:
             assert self.batch is not None
             result: Any = torch.empty((self.batch.supervised, 1), dtype=torch.int64, device=args[0].device)
@@ -76,6 +79,8 @@ class Watching(TorchDispatchMode):
                 result = func(*args, **kwargs)
             except (NotImplementedError, RuntimeError) as error:
                 raise _unable(func, error) from None
+        if func.overloadpacket is aten.arange:
+            self.counting |= numbers(self.ledger, [result])
         self.ledger.see(result)
         self.counts.count(func, args, kwargs, result, self.moments.now()[0])
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -83,11 +88,13 @@ class Watching(TorchDispatchMode):
         return result
 
 
-def _some(value: Tensor) -> float | int | bool:
-    """A value that is as good as any."""
-    if value.dtype == torch.bool:
-        return True
-    return 1.0 if value.dtype.is_floating_point else 1
+    def _value(self, value: Tensor) -> float | int | bool:
+        """A value that is as good as any; of a view of 0, 1, 2, ... its own."""
+        if numbers(self.ledger, [value]) & self.counting:
+            return int(value.storage_offset())
+        if value.dtype == torch.bool:
+            return True
+        return 1.0 if value.dtype.is_floating_point else 1
 
 
 def _unable(operator: Any, error: Exception) -> InputError:
@@ -110,8 +117,14 @@ def processes(count: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def rehearse(recipe: Recipe, count: int = 1, rank: int = 0, *, steps: int = 2, splits: Any = None) -> Rehearsed:
+def rehearse(
+    recipe: Recipe, count: int = 1, rank: int = 0, *, steps: int = 2, splits: Any = None, hops: dict[int, Hidden] | None = None
+) -> Rehearsed:
     """Build a recipe's program as process ``rank`` of ``count`` sees it, and take its first steps.
+
+    Args:
+        splits: documents already tokenised.
+        hops: what the pipeline's earlier processes, rehearsed before, send; gets what this one sends.
 
     Raises:
         InputError: as ``build.assemble``; or an operator that has no fake form.
@@ -124,6 +137,7 @@ def rehearse(recipe: Recipe, count: int = 1, rank: int = 0, *, steps: int = 2, s
     with ExitStack() as stack:
         stack.enter_context(processes(count, rank))
         stack.enter_context(ledger.resizing())
+        stack.enter_context(told({} if hops is None else hops))
         stack.enter_context(fake)
         stack.enter_context(watching)
         run = build.assemble(recipe, splits=splits, rehearsal=_disable_current_modes)
@@ -174,14 +188,29 @@ def _faked(batch: Any, watching: Watching) -> Any:
     return dataclasses.replace(batch, **changes)
 
 
+class _Followed(Sequence[Batch]):
+    """Batches that tell which of them is in hand: how many labels it has, no fake tensor knows."""
+
+    def __init__(self, batches: Sequence[Batch], watching: Watching) -> None:
+        self._batches, self._watching = batches, watching
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        batch = self._batches[index]
+        if isinstance(index, int):
+            self._watching.batch = batch
+            self._watching.counts.pairs = getattr(batch, "pairs", 0)
+        return batch
+
+
 def _step(run: Run, watching: Watching, batches: Sequence[Batch]) -> set[int]:
     """One step as the loop takes it; gives the storages of the gradients."""
     moments, ledger, counts = watching.moments, watching.ledger, watching.counts
-    watching.batch = batches[0]
-    counts.pairs = getattr(batches[0], "pairs", 0)
     moments.phase = "forward"
     loop.seed(run, 0)
-    run.forward_backward(batches)
+    run.forward_backward(_Followed(batches, watching))
     moments.phase = "optimizer"
     run.clip()
     gradients = numbers(ledger, [local(p.grad) for p in _learning(run) if p.grad is not None])
