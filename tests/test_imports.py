@@ -16,7 +16,7 @@ PARTS = {"models", "data", "losses", "metrics", "optim", "schedules", "ema", "st
 HELPERS = {"pieces", "checkpoint", "tracking", "flops", "machine", "sampling", "saving"}
 KINDS = {"language", "supervised"}  # of data: what each adds to a program
 BELOW_KINDS = {"recipe", "loop", "built", "predictor", "report", *PARTS, *TECHNIQUES, *HELPERS}
-BELOW_BUILD = {*BELOW_KINDS, *KINDS, "runfolder", "state", "spread", "filling", "steps", "steps_deepspeed"}
+BELOW_BUILD = {*BELOW_KINDS, *KINDS, "runfolder", "state", "spread", "frozen", "filling", "steps", "steps_deepspeed"}
 BELOW_VERBS = {*BELOW_BUILD, "build", "console"}
 VERBS = {"fit", "evaluation", "generate", "inspect", "export", "predict", "find_lr", "plot_schedule"}
 # A module, or all modules of a folder -> what of ours it may import (a module, or all of a folder).
@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     **{name: {"recipe", name} for name in ("losses", "metrics", "report")},
     **{name: {"recipe"} for name in ("optim", "schedules", "stopping")},
     **{name: {"recipe"} for name in ("tracking", "flops", "machine")},
-    "checkpoint": {"recipe", "pieces", "checkpoint"},
+    "checkpoint": {"recipe", "pieces", "checkpoint", "models.tensor_file"},
     "launch": {"recipe", "launch"},
     "importing": {"recipe", "importing"},
     **{name: {"recipe", "models.contract", "pieces", name} for name in TECHNIQUES},
@@ -41,9 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "built": {"recipe", "loop", "memory.precision", "models", "parallel", "pieces"},
     "state": {"loop", "parallel", "pieces"},
     "spread": {"recipe", "models.contract", "parallel", "built", "state"},
-    "steps_deepspeed": {"recipe", "optim", "loop", "parallel", "pieces", "built", "spread", "state", "steps"},
-    "filling": {"recipe", "spread", "adapt", "built", "memory", "models", "parallel", "pieces", "state"},
-    "steps": {"recipe", "optim", "loop", "parallel", "pieces", "built", "spread", "state"},
+    "steps_deepspeed": {"recipe", "memory", "optim", "loop", "parallel", "pieces", "built", "spread", "state", "steps"},
+    "frozen": {"recipe", "built", "memory", "models"},
+    "filling": {"recipe", "frozen", "spread", "adapt", "built", "memory", "models", "parallel", "pieces", "state"},
+    "steps": {"recipe", "optim", "loop", "memory", "parallel", "pieces", "built", "spread", "state"},
     "predictor": {"recipe", "data.examples"},
     **dict.fromkeys(KINDS, BELOW_KINDS),
     "console": {"recipe", "loop"},
@@ -52,7 +53,10 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(VERBS, BELOW_VERBS),
     "fit": {*BELOW_VERBS, "launch"},
     "verify": {*BELOW_VERBS, "launch.pool", "verify"},
-    "cli": {"cli", "recipe", "sampling", "build", "launch", "importing", "verify", *VERBS},
+    "plan": {*BELOW_VERBS, "plan"},
+    **{f"plan.{name}": {"recipe", "plan"} for name in ("work", "devices", "calibrate", "timing", "pareto", "report", "show")},
+    "plan.page": {"recipe", "plan", "report.style"},
+    "cli": {"cli", "recipe", "sampling", "build", "launch", "importing", "plan", "verify", *VERBS},
     "__main__": {"recipe", "cli", "launch"},
 }
 HEAVY = {"torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers", "tensorboard"}

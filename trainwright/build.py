@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +21,8 @@ from trainwright.adapt import full, lora, norms
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built, Part, Shape
 from trainwright.data import text
-from trainwright.loop import Extra, Run, Sample
-from trainwright.memory import layout, precision
+from trainwright.loop import Extra, Run, Sample, finite
+from trainwright.memory import layout, precision, scaling
 from trainwright.models import catalogue, decoder, pretrained, user
 from trainwright.models.contract import Change
 from trainwright.parallel import collectives
@@ -34,34 +35,42 @@ from trainwright.steps import Steps
 Progress = Callable[[str, int], None]
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """How a program is built without values: what real data are prepared in, and what stands in for ``torch.compile``."""
+
+    real: Callable[[], AbstractContextManager[object]]
+    compiler: filling.Compiler
+
+
 def assemble(
     recipe: Recipe,
     *,
     splits: text.TextSplits | None = None,
     progress: Progress = lambda what, done: None,
-    rehearsal: Callable[[], AbstractContextManager[object]] | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> Run:
     """The whole program of a recipe.
 
     Args:
         splits: documents already tokenised, instead of those that ``recipe.data`` names.
         progress: called with what is being prepared and how much of it is done.
-        rehearsal: what data are prepared in, where the rest is built of tensors without values.
+        rehearsal: builds all but the data of tensors without values.
 
     Raises:
         InputError: a setting that is wrong, or has no effect, with these data and this model.
     """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    real, values = rehearsal or nullcontext, rehearsal is None
+    real, compiler = (rehearsal.real, rehearsal.compiler) if rehearsal else (nullcontext, None)
     if isinstance(recipe.data, TextData):
         with real():
             mesh = _join(recipe)
         built = assemble_model(recipe, mesh=mesh)
         with real(), collectives.in_turn(built.device):  # the first process fills the cache
             documents = language.prepare(recipe, built, splits, progress)
-        places = filling.fill(built, recipe, values)
-        part = language.join(recipe, built, documents, filling.compiles(recipe, built))
+        places = filling.fill(built, recipe, compiler)
+        part = language.join(recipe, built, documents, filling.compiler_of(recipe, built, compiler))
     else:
         from trainwright import supervised  # NOTE: here, because text needn't wait for the libraries of images and metrics
 
@@ -69,7 +78,7 @@ def assemble(
             samples = supervised.prepare(recipe, progress)
             mesh = _join(recipe)
         built = assemble_model(recipe, samples.shape, mesh=mesh)
-        places = filling.fill(built, recipe, values)
+        places = filling.fill(built, recipe, compiler)
         part = supervised.join(recipe, built, samples)
     return _program(recipe, built, part, places)
 
@@ -91,7 +100,15 @@ def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
     per_epoch = part.batches.steps_per_epoch
     count = recipe.training.steps or max(1, round((recipe.training.epochs or 1) * per_epoch))
     average = ema.Average(built.model, recipe.training.ema) if recipe.training.ema else None
-    taken = _way(recipe, built)(recipe, built, part, places, average)
+    scaler = scaling.Scaler(built.device) if built.precision == "fp16" else None
+    if scaler:
+        part = replace(part, count=scaler.count(part.count))
+        built.changes.append(scaling.described())
+    extra = scaling.together(average, scaler)
+    taken = _way(recipe, built)(recipe, built, part, places, extra)
+    forward_backward = taken.forward_backward
+    if scaler:
+        forward_backward = scaler.forward_backward(forward_backward, places.sharing.named)
     if average:
         taken.optimizer.register_step_post_hook(average.update)
     where, alone = built.mesh, built.mesh.size == 1
@@ -106,7 +123,7 @@ def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
         steps_per_epoch=per_epoch,
         batch=part.batches.batch,
         identity=part.batches.identity,
-        forward_backward=taken.forward_backward,
+        forward_backward=forward_backward,
         clip=taken.clip,
         splits=part.splits,
         measure=taken.measure,
@@ -123,7 +140,8 @@ def _program(recipe: Recipe, built: Built, part: Part, places: Places) -> Run:
         fingerprint=part.fingerprint,
         notes=part.notes,
         averaged=average.swapped if average else nullcontext,
-        extra=average,
+        extra=extra,
+        judge=scaler.judge if scaler else finite,
         rank=where.rank,
         share=partial(collectives.gather_json, device=built.device),
         agree=spread.agreeing(where, built.device),
@@ -189,7 +207,7 @@ def assemble_model(recipe: Recipe, shape: Shape | None = None, *, frozen: bool =
     return Built(model, [*changes, *more], config, source, kind, place, mesh or Mesh(), division)
 
 
-def _wished_precision(recipe: Recipe, shape: Shape | None) -> Literal["auto", "fp32", "bf16", "fp64"]:
+def _wished_precision(recipe: Recipe, shape: Shape | None) -> precision.Wished:
     """Numbers as answers would lose digits in bf16, and models of tables are too small to gain from it."""
     digits = shape is not None and (shape.task.kind == "values" or recipe.data.kind == "table")
     return "fp32" if recipe.precision == "auto" and digits else recipe.precision

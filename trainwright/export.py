@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainwright import build, language, runfolder
 from trainwright.models import pretrained
-from trainwright.recipe import InputError
+from trainwright.recipe import InputError, Lora, Memory
 from trainwright.saving import plain_tensors, replacing
 
 FORMATS = {"full": ["hf"], "partial": ["delta", "merged"], "lora": ["peft", "merged"]}
@@ -28,7 +28,10 @@ def export(run_folder: Path, to: str, out: Path | None = None) -> dict[str, str]
         raise InputError(f"{out} exists already; name another place")
     if to == "merged":
         shape = build.saved_shape(run_folder, recipe)
-        built = build.load_model(recipe.model_copy(update={"precision": "fp32"}), shape)  # sums made before anything is rounded
+        # Sums are made before anything is rounded, on the base as it was.
+        adapt = recipe.adapt.model_copy(update={"base": "plain"}) if isinstance(recipe.adapt, Lora) else recipe.adapt
+        whole = recipe.model_copy(update={"precision": "fp32", "adapt": adapt, "memory": Memory()})
+        built = build.load_model(whole, shape)
         tokenizer = language.find_tokenizer(recipe, built.source) if recipe.model.architecture == "decoder" else None
         pretrained.save_folder(out, plain_tensors(built.model), built.config, tokenizer)
     else:

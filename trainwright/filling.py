@@ -6,12 +6,15 @@ import dataclasses
 import logging
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from trainwright import spread
+from trainwright import frozen, spread
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built
@@ -23,26 +26,31 @@ from trainwright.pieces import local
 from trainwright.recipe import Init, InputError, Lora, Recipe, TextData
 from trainwright.state import Places
 
+Compiler = Callable[[Any], Any]  # of a forward
 RECOMPILE_LIMIT = 64  # blocks of several shapes share code, and beyond the limit torch runs them uncompiled without a word
 
 
-def fill(built: Built, recipe: Recipe) -> Places:
-    """Values for what this process has of the model, then what needs them to be there."""
-    model, device = built.model, built.device
+def fill(built: Built, recipe: Recipe, compiler: Compiler | None = None) -> Places:
+    """Values for what this process has of the model, then what needs them to be there; with another compiler memory alone."""
+    model, device, values = built.model, built.device, compiler is None
     blank = pretrained.blank(model)
     ours = recipe.parallel.engine == "torch"
     early = spread.share(model, recipe, built.mesh, device) if recipe.parallel.zero == 3 and ours else None
     _mark(model, blank)
     places = Places(built.mesh, early or sharing.alone(model), built.division.pieces, built.division.copies)
-    materialise(built, recipe, blank, places)
+    if values:
+        materialise(built, recipe, blank, places)
+    else:
+        frozen.hold(built, recipe)
+        pretrained.allocate(model, device)
     if early is None and ours:  # parts of divided parameters stay contiguous
         built.changes.append(layout.apply(model))
     built.changes.extend(spread.join_statistics(model, built.mesh))
     if recipe.run.kernels == "off":
         built.changes.append(_plain_operations(model))
-    built.changes.extend(checkpointing.apply(model, recipe.memory, device, recipe.parallel))
+    built.changes.extend(checkpointing.apply(model, recipe.memory, device, recipe.parallel, values=values))
     _check_compiled(built, recipe)
-    built.changes.append(compile_blocks(built, recipe))
+    built.changes.append(compile_blocks(built, recipe, torch.compile if compiler is None else compiler))
     shared = early or (spread.share(model, recipe, built.mesh, device) if ours else sharing.alone(model))
     built.changes.extend(spread.described(recipe, built.mesh))
     return dataclasses.replace(places, sharing=shared)
@@ -65,6 +73,7 @@ def materialise(built: Built, recipe: Recipe, blank: set[str], places: Places | 
     """
     model, device, seed, division = built.model, built.device, recipe.run.seed, built.division
     boxes = places.boxes(model) if places else {}
+    held = frozen.hold(built, recipe)
     made = {name for name, _ in model.named_parameters() if not lora.is_factor(name)} - blank  # a user's module starts itself
     kept: set[str] = set()
     if built.source is not None:
@@ -73,12 +82,14 @@ def materialise(built: Built, recipe: Recipe, blank: set[str], places: Places | 
             pretrained.open_weights(built.source),
             match=recipe.model.match,
             device=device,
-            ignore=lora.is_factor,
+            ignore=lambda name: lora.is_factor(name) or name in held.inner,
             pieces=division.pieces,
             aliases=division.copies,
             absent=division.absent(model),
+            instead=held.instead,
         )
         built.changes.insert(0, Change("pretrained", report.describe()))
+        built.changes.extend(held.changes())
         kept = set(report.matched)
     pretrained.allocate(model, device)
     model.to(device)
@@ -126,7 +137,14 @@ def compiles(recipe: Recipe, built: Built) -> bool:
     return recipe.run.compile == "on"
 
 
-def compile_blocks(built: Built, recipe: Recipe) -> Change:
+def compiler_of(recipe: Recipe, built: Built, other: Compiler | None) -> Compiler | None:
+    """What compiles functions for tensors of any size, if anything is compiled."""
+    if not compiles(recipe, built):
+        return None
+    return partial(torch.compile, dynamic=True) if other is None else other
+
+
+def compile_blocks(built: Built, recipe: Recipe, compiler: Compiler) -> Change:
     """Compile the forward of each block; equal blocks share one graph. The module and its names stay."""
     if not compiles(recipe, built):
         text = isinstance(recipe.data, TextData)
@@ -137,5 +155,5 @@ def compile_blocks(built: Built, recipe: Recipe) -> Change:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     for block in blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = compiler(block.forward)
     return Change("compile", f"{len(blocks)} block{'s' * (len(blocks) > 1)} compiled; equal ones share one graph")

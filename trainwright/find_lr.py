@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from trainwright import build
 from trainwright.loop import Run, seed
-from trainwright.recipe import InputError, Parallel, Recipe
+from trainwright.recipe import InputError, Parallel, Recipe, RunError
 from trainwright.report import curves
 
 SMOOTHING = 0.9  # a memory of about ten steps: more would move what is found towards higher rates
@@ -79,13 +78,16 @@ def _losses(run: Run, rates: Sequence[float]) -> list[float]:
 def _step(run: Run, step: int, factor: float) -> float:
     """One step as the loop takes it; gives its loss, NaN where the gradient isn't finite."""
     seed(run, step)
+    for group in run.optimizer.param_groups:
+        group["lr"], group["update"] = group["peak"] * factor, step
     loss = run.forward_backward(run.batch(step)).item()
     norm = run.clip().item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    try:
+        skipped = run.judge(loss, norm)
+    except RunError:
         return math.nan
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    run.optimizer.step()
+    if not skipped:
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return loss
 
@@ -121,8 +123,8 @@ def _kept(run: Run) -> Iterator[None]:
     learning = [p for p in run.model.parameters() if p.requires_grad]
     tensors = [t.detach() for t in (*learning, *run.model.buffers())]
     values = [t.clone() for t in tensors]
-    assert isinstance(run.optimizer, torch.optim.Optimizer)  # one process alone has torch's own
-    optimizer = copy.deepcopy(run.optimizer.state_dict())
+    updates: Any = run.optimizer  # one process alone has torch's own, or one that keeps its states elsewhere
+    optimizer = copy.deepcopy(updates.state_dict())
     extra = {name: t.clone() for name, t in run.extra.state().items()} if run.extra else {}
     training = run.model.training
     try:
@@ -131,7 +133,7 @@ def _kept(run: Run) -> Iterator[None]:
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)
         run.optimizer.zero_grad(set_to_none=True)
-        run.optimizer.load_state_dict(optimizer)
+        updates.load_state_dict(optimizer)
         if run.extra:
             run.extra.restore(extra)
         run.model.train(training)

@@ -173,6 +173,8 @@ def _report(session: _Session, result: StepResult) -> None:
     seconds = sum(r.seconds for r in session.recent)
     rate = sum(r.size for r in session.recent) / seconds
     share = sum(r.flops for r in session.recent) / seconds / session.peak if session.peak else None
+    if result.skipped:
+        session.display.say(f"step {result.step}: {result.skipped}")
     session.display.step(result, run.unit, rate, share, run.steps)
     session.tracker.log(
         result.step,

@@ -57,12 +57,12 @@ def prepare(recipe: Recipe, built: Built, splits: text.TextSplits | None, progre
     return Data(splits, tokenizer)
 
 
-def join(recipe: Recipe, built: Built, data: Data, compiled: bool) -> Part:
-    """Batches, objective and metrics of a language model."""
+def join(recipe: Recipe, built: Built, data: Data, compiler: Callable[[Any], Any] | None) -> Part:
+    """Batches, objective and metrics of a language model, whose loss ``compiler`` compiles, if there is one."""
     splits, tokenizer, model = data.splits, data.tokenizer, built.model
     batches = make_loader(recipe, splits.train, tokenizer, built)
     held_out = held_out_batches(recipe, splits.held_out, batches)
-    sums = sums_of(built, recipe, compiled)
+    sums = sums_of(built, recipe, compiler)
     speaks = isinstance(model, decoder.Decoder)
     return Part(
         batches=batches,
@@ -136,11 +136,11 @@ def forward_of(built: Built) -> Forward:
     return forward
 
 
-def sums_of(built: Built, recipe: Recipe, compiled: bool) -> Callable[[Tensor, Any], Tensor]:
+def sums_of(built: Built, recipe: Recipe, compiler: Callable[[Any], Any] | None) -> Callable[[Tensor, Any], Tensor]:
     """What the forward gave of a text batch to the loss, summed over the supervised tokens."""
     assert isinstance(recipe.loss, CrossEntropy)
     section = recipe.loss
-    split = torch.compile(losses.split_softmax, dynamic=True) if compiled else losses.split_softmax
+    split = compiler(losses.split_softmax) if compiler else losses.split_softmax
     head_weight: Callable[[], Tensor] | None = getattr(built.model, "head_weight", None)
     shard = _shard_of(built)
     plain = recipe.run.kernels == "off" and shard is None

@@ -38,7 +38,7 @@ class Updates(Protocol):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """With ``lr``, which the loop sets, and ``peak``, the rate that the schedule multiplies."""
+        """With ``lr`` and ``update``, the step's number, which the loop sets, and ``peak``, which the schedule multiplies."""
 
     def step(self) -> Any:
         """Update what learns."""
@@ -103,6 +103,7 @@ class Run:
     remember  what a checkpoint needs, by name; recall sets it again, or only the weights of it
     flops     counts the work of a micro-batch, where that is known
     pictures  draws what the model makes of a split, and gives the files
+    judge     a step's loss and gradient norm to why nothing is to be updated, "" if it is; raises RunError where it can't go on
     """
 
     recipe: Recipe
@@ -132,6 +133,7 @@ class Run:
     pictures: Callable[[Path, str, Mapping[str, float]], list[Path]] | None = None
     averaged: Callable[[], AbstractContextManager[object]] = nullcontext
     extra: Extra | None = None
+    judge: Callable[[float, float], str] = field(default_factory=lambda: finite)
     rank: int = 0
     share: Callable[[Any], list[Any]] = lambda value: [value]
     agree: Callable[[bool], bool] = lambda mine: mine
@@ -143,7 +145,12 @@ class Run:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. ``loss`` is the mean over the step's supervised units, ``size`` its units of work."""
+    """What one optimizer step did.
+
+    loss     the mean over the step's supervised units
+    size     its units of work
+    skipped  why nothing was updated, if so; the step counts all the same
+    """
 
     step: int
     loss: float
@@ -154,6 +161,19 @@ class StepResult:
     seconds: float
     peak_memory_bytes: int
     flops: float
+    skipped: str = ""
+
+
+def finite(loss: float, norm: float) -> str:
+    """The usual judgement of a step: its loss and gradient are numbers.
+
+    Raises:
+        RunError: one isn't.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return ""
+    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} (loss {loss:.4f})"
+    raise RunError(f"{what} is not finite; lower the learning rate or look at the step's data")
 
 
 def train(run: Run) -> Iterator[StepResult]:
@@ -171,18 +191,18 @@ def _take_step(run: Run) -> StepResult:
     started, step = time.perf_counter(), run.step
     seed(run, step)
     batches = run.batch(step)
+    factor = run.factor(step)
+    for group in run.optimizer.param_groups:  # before the backward, in which some optimizers update
+        group["lr"], group["update"] = group["peak"] * factor, step
     loss = run.forward_backward(batches).item()
     norm = run.clip().item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    try:
+        skipped = run.judge(loss, norm)
+    except RunError as error:
         run.optimizer.zero_grad(set_to_none=True)
-        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm} (loss {loss:.4f})"
-        raise RunError(
-            f"step {step + 1}: {what} is not finite, at {run.identity(step)}; lower the learning rate or look at that data"
-        )
-    factor = run.factor(step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    run.optimizer.step()
+        raise RunError(f"step {step + 1}: {error} (its data: {run.identity(step)})") from None
+    if not skipped:
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step = step + 1
     size, supervised = run.together([sum(batch.size for batch in batches), sum(batch.supervised for batch in batches)])
@@ -196,6 +216,7 @@ def _take_step(run: Run) -> StepResult:
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory(run.device),
         flops=sum(run.flops(batch) for batch in batches) if run.flops else 0.0,
+        skipped=skipped,
     )
 
 

@@ -128,19 +128,22 @@ def _split(members: list[Named], settings: GroupSection | None, section: Optimiz
     ]
 
 
-def make_optimizer(groups: list[dict[str, Any]], section: Optimizer) -> torch.optim.Optimizer:
+def make_optimizer(
+    groups: list[dict[str, Any]], section: Optimizer, instead_of: Sequence[Tensor] | None = None
+) -> torch.optim.Optimizer:
     """torch's optimizer, in its fastest implementation for these parameters.
 
     Each group begins with its peak learning rate; the loop sets ``lr`` before each step.
 
     Args:
         groups: as ``parameter_groups`` gives them.
+        instead_of: the parameters that choose the implementation, where those of the groups only stand in for them.
 
     Raises:
         InputError: ``torch`` with a class or arguments that torch.optim doesn't have, or that don't suit the parameters.
     """
     started = [{**group, "lr": group["peak"]} for group in groups]
-    fast = _implementation(_kind(section), [p for group in groups for p in group["params"]])
+    fast = _implementation(_kind(section), instead_of or [p for group in groups for p in group["params"]])
     if isinstance(section, TorchOptimizer):
         return _from_torch(started, section, fast)
     arguments = section.model_dump(exclude={"name", "learning_rate", "weight_decay", "groups"})
@@ -222,7 +225,16 @@ def _fusable(kind: Kind, p: Tensor) -> bool:
 def clip_(parameters: list[nn.Parameter], largest: float | None) -> Tensor:
     """Scale the gradients so that their global 2-norm is at most ``largest``; gives the norm before, 0-dim float32."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = total_norm(gradients)
     if largest is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The global 2-norm, 0-dim; in float32 at least: one in bfloat16 has three digits."""
+    if all(g.dtype in (torch.float32, torch.float64) for g in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    kinds = [[g for g in gradients if g.dtype == dtype] for dtype in dict.fromkeys(g.dtype for g in gradients)]
+    wide = torch.promote_types(kinds[0][0].dtype, torch.float32)
+    return torch.linalg.vector_norm(torch.stack([n for kind in kinds for n in torch._foreach_norm(kind, 2.0, dtype=wide)]))

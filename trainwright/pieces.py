@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -81,15 +82,39 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Later:
+    """A tensor that is made when it is asked for, each time anew; shape and dtype are known before."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Held:
     """What a process holds of a tensor: the values of ``piece``, on any device.
 
     ``speaks``: of the processes that hold the same values, this one saves them, sends them, and counts them in sums.
     """
 
-    tensor: Tensor
+    values: Tensor | Later
     piece: Piece
     speaks: bool = True
+
+    @property
+    def tensor(self) -> Tensor:
+        """The values; those of a ``Later`` are made for each call, so that they needn't be there all at once."""
+        return self.values.make() if isinstance(self.values, Later) else self.values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return tuple(self.values.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
 
     def of(self, tensor: Tensor) -> Held:
         """The same place with other values."""

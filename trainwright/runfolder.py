@@ -14,7 +14,10 @@ from trainwright.recipe import DECODER, Init, InputError, Parallel, Recipe
 from trainwright.recipe.file import dump, load
 
 MODEL = "model"
-FREE = ("training.steps", "training.epochs", "training.micro_batch_size")  # what may change when resuming
+FREE = (  # what may change when resuming
+    "training.steps", "training.epochs", "training.micro_batch_size", "memory.checkpointing", "memory.every", "memory.frozen",
+    "memory.optimizer_states", "memory.optimizer_offload", "memory.optimizer_in_backward", "memory.folder", "memory.budget",
+)  # fmt: skip
 RANKS = "ranks"  # logs of the processes, which a launcher makes
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from trainwright.loop import Extra, Stored
 from trainwright.parallel.mesh import Mesh
 from trainwright.parallel.sharing import Sharing
-from trainwright.pieces import Held, Piece, box_of, local
+from trainwright.pieces import Held, Later, Piece, box_of, local
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,13 @@ class Places:
         """A buffer, which data ranks have alike."""
         return Held(buffer, self.outer(name, buffer), self._speaks(name, divided=False))
 
-    def state(self, name: str, parameter: Tensor, value: Tensor) -> Held:
+    def state(self, name: str, parameter: Tensor, value: Tensor | Later) -> Held:
         """What the optimizer keeps for a parameter: numbers for each of its, or a number for all."""
-        if value.ndim == 0:
+        if not value.shape:
             alone = self.mesh.data.index == 0 and self.mesh.tensor.index == 0 and name not in self.copies
             return Held(value, Piece.all_of(()), alone)
-        return Held(local(value), self.state_piece(name, parameter), self._speaks(name, self.sharing.splits(name)))
+        values = value if isinstance(value, Later) else local(value)
+        return Held(values, self.state_piece(name, parameter), self._speaks(name, self.sharing.splits(name)))
 
     def state_piece(self, name: str, parameter: Tensor) -> Piece:
         """The box of a parameter that this process's optimizer updates."""
@@ -73,6 +75,20 @@ class Places:
         """Of the processes that hold the same values, the first one."""
         first_tensor = name in self.tensor or self.mesh.tensor.index == 0
         return first_tensor and (divided or self.mesh.data.index == 0) and name not in self.copies
+
+
+class Keeper(Protocol):
+    """An optimizer that keeps states its own way."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """With ``params`` and their ``names``."""
+
+    def kept(self, parameter: nn.Parameter) -> Mapping[str, Tensor | Later]:
+        """The states of a parameter by their keys."""
+
+    def keep(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None:
+        """Set them."""
 
 
 def weights(model: nn.Module, places: Places) -> dict[str, Held]:
@@ -96,14 +112,20 @@ def learned(model: nn.Module, places: Places) -> dict[str, Held]:
     return found | {f"buffer.{name}": places.buffer(name, buffer) for name, buffer in model.named_buffers()}
 
 
-def optimizer_states(model: nn.Module, optimizer: torch.optim.Optimizer, places: Places) -> dict[str, Held]:
+def optimizer_states(model: nn.Module, optimizer: torch.optim.Optimizer | Keeper, places: Places) -> dict[str, Held]:
     """``optimizer.NAME.KEY``; nothing before the first step."""
     whole = dict(model.named_parameters())
+
+    def kept(parameter: nn.Parameter) -> Mapping[str, Any]:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            return optimizer.state.get(parameter, {})
+        return optimizer.kept(parameter)
+
     return {
         f"optimizer.{places.name(name)}.{key}": places.state(name, whole[name], value)
         for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in kept(parameter).items()
     }
 
 
@@ -133,17 +155,25 @@ def restore_weights(stored: Stored, model: nn.Module, places: Places, extra: Ext
 
 
 @torch.no_grad()
-def restore_optimizer(stored: Stored, model: nn.Module, optimizer: torch.optim.Optimizer, places: Places) -> None:
+def restore_optimizer(stored: Stored, model: nn.Module, optimizer: torch.optim.Optimizer | Keeper, places: Places) -> None:
     """Set the optimizer's states to a checkpoint's, by the names of the parameters."""
     whole, names = dict(model.named_parameters()), stored.names()
-    current, states = optimizer.state_dict(), {}
-    for group, indices in zip(optimizer.param_groups, (g["params"] for g in current["param_groups"]), strict=True):
-        for name, parameter, index in zip(group["names"], group["params"], indices, strict=True):
-            prefix = f"optimizer.{places.name(name)}."
-            piece = places.state_piece(name, whole[name])
-            keys = [key.removeprefix(prefix) for key in names if key.startswith(prefix)]
-            states[index] = {key: _state_like(parameter, stored, prefix + key, piece) for key in keys}
-    optimizer.load_state_dict({"state": states, "param_groups": current["param_groups"]})
+
+    def states(name: str, parameter: Tensor) -> dict[str, Tensor]:
+        prefix = f"optimizer.{places.name(name)}."
+        piece = places.state_piece(name, whole[name])
+        keys = [key.removeprefix(prefix) for key in names if key.startswith(prefix)]
+        return {key: _state_like(parameter, stored, prefix + key, piece) for key in keys}
+
+    members = [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        for name, parameter in members:
+            optimizer.keep(parameter, states(name, parameter))
+        return
+    current = optimizer.state_dict()
+    indices = [index for group in current["param_groups"] for index in group["params"]]
+    found = {index: states(*member) for index, member in zip(indices, members, strict=True)}
+    optimizer.load_state_dict({"state": found, "param_groups": current["param_groups"]})
 
 
 def _state_like(parameter: Tensor, stored: Stored, name: str, piece: Piece) -> Tensor:

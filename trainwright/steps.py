@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from trainwright import optim, spread, state
 from trainwright.built import Built, Part
 from trainwright.loop import Batch, Extra, Stored, Updates, accumulate, count_all
+from trainwright.memory import update_rules
+from trainwright.memory.portions import Place
+from trainwright.memory.updates import Updater
 from trainwright.parallel import collectives, pipeline_run
 from trainwright.parallel.mesh import Mesh
 from trainwright.parallel.pipeline import Split
@@ -41,12 +45,15 @@ def sharing_data(recipe: Recipe, built: Built, part: Part, places: Places, extra
     """One process, or several that share the data and perhaps each product."""
     sharing, mesh = places.sharing, places.mesh
     total = spread.summing(mesh.data, built.device)
+    optimizer = _optimizer(recipe, built, places, part.batches.micro_batches)
+    early = recipe.memory.optimizer_in_backward
+    backward = optimizer.backward if early and isinstance(optimizer, Updater) else _backward
 
     def objective(batch: Batch) -> Tensor:
         return part.sums(part.forward(built.model, batch, None), batch)
 
     def forward_backward(batches: Sequence[Batch]) -> Tensor:
-        loss = accumulate(objective, part.count, batches, total=total, portion=sharing.portion)
+        loss = accumulate(objective, part.count, batches, total=total, portion=sharing.portion, backward=backward)
         spread.complete(places, built.division)
         return loss
 
@@ -56,7 +63,7 @@ def sharing_data(recipe: Recipe, built: Built, part: Part, places: Places, extra
         finally:
             sharing.rest()
 
-    return _stepping(recipe, built, places, extra, forward_backward, measure)
+    return _stepping(recipe, built, places, extra, optimizer, forward_backward, measure)
 
 
 def pipelined(recipe: Recipe, built: Built, part: Part, places: Places, extra: Extra | None) -> Steps:
@@ -64,6 +71,7 @@ def pipelined(recipe: Recipe, built: Built, part: Part, places: Places, extra: E
     sharing, mesh, division = places.sharing, places.mesh, built.division
     assert division.split is not None
     total = spread.summing(mesh.data, built.device)
+    optimizer = _optimizer(recipe, built, places, part.batches.micro_batches)
     part.notes.append(_idle(division.split, mesh, part.batches.micro_batches))
     pipe = pipeline_run.make(
         division.split, built.model, mesh.pipeline, part.forward, part.sums, part.shape, built.device, sharing.portion
@@ -83,7 +91,7 @@ def pipelined(recipe: Recipe, built: Built, part: Part, places: Places, extra: E
         metrics: dict[str, float] = collectives.gather_json(found, built.device)[_last_stage(mesh)]
         return metrics
 
-    return _stepping(recipe, built, places, extra, forward_backward, measure)
+    return _stepping(recipe, built, places, extra, optimizer, forward_backward, measure)
 
 
 def _idle(split: Split, mesh: Mesh, count: int) -> str:
@@ -102,23 +110,57 @@ def _last_stage(mesh: Mesh) -> int:
     return (mesh.pipeline.size - 1) * mesh.data.size * mesh.tensor.size
 
 
+def _backward(loss: Tensor, last: bool) -> None:
+    loss.backward()
+
+
+def _optimizer(recipe: Recipe, built: Built, places: Places, micro_batches: int) -> torch.optim.Optimizer | Updater:
+    """torch's, or where states, rounding or gradients ask for it, torch's in portions.
+
+    Raises:
+        InputError: a setting that excludes another one.
+    """
+    sharing, model, section = places.sharing, built.model, recipe.memory
+    groups = optim.parameter_groups(sharing.named, recipe.optimizer, built.division.plain, places.copies)
+    trained = [p for _, p in sharing.named]
+    update_rules.check(recipe)
+    if not update_rules.needed(section, trained):
+        return optim.make_optimizer(groups, recipe.optimizer)
+    update_rules.check_portions(recipe, micro_batches, places.mesh.size)
+    everything = dict(model.named_parameters())
+    known = {name: Place(places.name(name), places.state_piece(name, everything[name])) for name, _ in sharing.named}
+    make = partial(optim.make_optimizer, section=recipe.optimizer, instead_of=trained)
+    optimizer = Updater(groups, make, known, section, recipe.run.seed)
+    if section.optimizer_in_backward:
+        optimizer.in_backward(trained)
+    built.changes.append(update_rules.described(section, trained))
+    return optimizer
+
+
+def _clip(recipe: Recipe, places: Places, optimizer: torch.optim.Optimizer | Updater) -> Callable[[], Tensor]:
+    """What gives the norm of the gradient, and scales what is too large."""
+    if recipe.memory.optimizer_in_backward:
+        assert isinstance(optimizer, Updater)
+        return optimizer.norm
+    largest = recipe.training.clip_norm
+    if places.mesh.size > 1:
+        return partial(spread.clip, places, largest)
+    return partial(optim.clip_, [p for _, p in places.sharing.named], largest)
+
+
 def _stepping(
     recipe: Recipe,
     built: Built,
     places: Places,
     extra: Extra | None,
+    optimizer: torch.optim.Optimizer | Updater,
     forward_backward: Callable[[Sequence[Batch]], Tensor],
     measure: Measure,
 ) -> Steps:
-    """What torch's own optimizer does with the gradients."""
+    """What the optimizer does with the gradients."""
     sharing, model = places.sharing, built.model
-    groups = optim.parameter_groups(sharing.named, recipe.optimizer, built.division.plain, places.copies)
-    optimizer = optim.make_optimizer(groups, recipe.optimizer)
     if places.mesh.data.size > 1:
         optimizer.register_step_post_hook(lambda *_: sharing.updated())
-    trained = [p for _, p in sharing.named]
-    largest = recipe.training.clip_norm
-    alone = places.mesh.size == 1
 
     def remember() -> dict[str, Held]:
         return {
@@ -135,7 +177,7 @@ def _stepping(
     return Steps(
         optimizer=optimizer,
         forward_backward=forward_backward,
-        clip=partial(optim.clip_, trained, largest) if alone else partial(spread.clip, places, largest),
+        clip=_clip(recipe, places, optimizer),
         measure=measure,
         gradients=lambda: state.gradients(model, places),
         remember=remember,

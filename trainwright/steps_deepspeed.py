@@ -11,6 +11,7 @@ from torch import Tensor
 from trainwright import optim, spread
 from trainwright.built import Built, Part
 from trainwright.loop import Batch, Extra, Stored, accumulate
+from trainwright.memory import update_rules
 from trainwright.parallel import deepspeed, deepspeed_state
 from trainwright.parallel.deepspeed import Engine
 from trainwright.parallel.sharing import trainable
@@ -26,6 +27,7 @@ def by_deepspeed(recipe: Recipe, built: Built, part: Part, places: Places, extra
     Raises:
         InputError: DeepSpeed isn't installed, or can't do what the recipe says.
     """
+    update_rules.check(recipe)
     if extra is not None:
         raise InputError("training.ema isn't offered with parallel.engine: deepspeed; leave it out, or set engine: torch")
     engine = _start(recipe, built)

@@ -116,7 +116,7 @@ def test_fp16_becomes_bf16(tmp_path: Path) -> None:
     for files in ({"args": {**OUTPUT, "fp16": True}}, {"acc": {**TWO, "mixed_precision": "fp16"}}):
         found = imported(tmp_path, **files)
         assert found.recipe["precision"] == "bf16"
-        assert any("fp16 isn't offered" in f.what and f.level == "warning" for f in found.findings)
+        assert any("fp16 becomes bf16" in f.what and f.level == "warning" for f in found.findings)
     found = imported(tmp_path, args={**OUTPUT, "fp16": True, "bf16": True})
     assert "transformers refuses" in one(found, "fp16", "error")
 

@@ -129,11 +129,12 @@ def test_optimizers_of_deepspeed(tmp_path: Path, kind: str, params: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("word", "name"), [("adamw_torch", "adamw"), ("sgd", "sgd"), ("adamw_bnb_8bit", "adamw"), ("rmsprop", "rmsprop")]
+    ("word", "name"),
+    [("adamw_torch", "adamw"), ("sgd", "sgd"), ("adamw_bnb_8bit", "adamw"), ("lion_8bit", "adamw"), ("rmsprop", "rmsprop")],
 )
 def test_optimizers_of_transformers(tmp_path: Path, word: str, name: str) -> None:
     found = imported(tmp_path, args={**OUTPUT, "optim": word, "adam_beta2": 0.95})
     assert found.recipe["optimizer"]["name"] == name
     assert found.recipe["optimizer"].get("betas") == ([0.9, 0.95] if name == "adamw" else None)
     assert found.recipe["optimizer"].get("momentum") == (0.0 if name == "sgd" else None)
-    assert bool([f for f in about(found, "optim") if f.level == "warning"]) is ("8bit" in word)
+    assert bool([f for f in about(found, "optim") if f.level == "warning"]) is (word == "lion_8bit")

@@ -22,7 +22,7 @@ from trainwright.importing.accelerate_plain import DEEPSPEED, DYNAMO_CONFIG, MEG
 from trainwright.importing.arguments_plain import ACCELERATOR, FSDP
 from trainwright.importing.deepspeed_plain import BF16, FP16, OFFLOAD_DETAILS
 from trainwright.importing.deepspeed_plain import ZERO as ZERO_PLAIN
-from trainwright.importing.optimizers import DEEPSPEED_OTHERS, OTHERS, OURS, SAME
+from trainwright.importing.optimizers import DEEPSPEED_OTHERS, EIGHT_BITS, OTHERS, OURS, SAME
 from trainwright.importing.render import render
 from trainwright.importing.schedules import CYCLE_KEYS, HUGGING_FACE, WARMUP_KEYS
 from trainwright.recipe import InputError
@@ -46,7 +46,7 @@ def test_training_arguments_are_known() -> None:
 def test_their_optimizers_and_schedules_are_known() -> None:
     training_args = pytest.importorskip("transformers.training_args")
     trainer_utils = pytest.importorskip("transformers.trainer_utils")
-    assert {name.value for name in training_args.OptimizerNames} <= {*SAME, *OTHERS}
+    assert {name.value for name in training_args.OptimizerNames} <= {*SAME, *EIGHT_BITS, *OTHERS}
     assert {name.value for name in trainer_utils.SchedulerType} == set(HUGGING_FACE)
 
 

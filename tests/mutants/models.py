@@ -114,11 +114,11 @@ def attention_too_cold() -> Context:
 def compiled_slightly_wrong() -> Context:
     true = filling.compile_blocks
 
-    def compile_blocks(built: Any, recipe: Any) -> Change:
+    def compile_blocks(built: Any, recipe: Any, compiler: Any) -> Change:
         if filling.compiles(recipe, built):
             for block in built.model.blocks():
                 block.forward = _scaled(block.forward)
-        return true(built, recipe)
+        return true(built, recipe, compiler)
 
     return patch.object(filling, "compile_blocks", compile_blocks)
 

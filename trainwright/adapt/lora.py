@@ -77,7 +77,15 @@ class LoraLinear(nn.Linear):
         """Base and adapter on x, and perhaps a bias."""
         dropped = dropout(x, self.dropout, self.training, self.portion) if self.dropout else x
         low = nn.functional.linear(dropped, self.lora_A) * self.scale
-        return _added(nn.functional.linear(x, self.weight, bias), low, self.lora_B)
+        return _added(self.base(x, bias), low, self.lora_B)
+
+    def base(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The frozen layer's product, which may be made another way."""
+        return nn.functional.linear(x, self.weight, bias)
+
+    def base_weight(self) -> Tensor:
+        """What that product uses."""
+        return self.weight
 
     @staticmethod
     def apply_all(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
@@ -90,13 +98,13 @@ class LoraLinear(nn.Linear):
         adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
         low = nn.functional.linear(x, torch.cat([layer.lora_A for layer in adapted])) * adapted[0].scale
         parts = low.split([len(layer.lora_A) for layer in adapted], -1)
-        bases = [nn.functional.linear(x, layer.weight, layer.bias) for layer in adapted]
+        bases = [layer.base(x, layer.bias) for layer in adapted]
         return [_added(base, part, layer.lora_B) for base, part, layer in zip(bases, parts, adapted, strict=True)]
 
     def effective_weight(self) -> Tensor:
         """W + scale * B A, summed in float32 at least, in W's dtype; without dropout."""
         product = self.scale * (self.lora_B @ self.lora_A)
-        return (self.weight + product).to(self.weight.dtype)
+        return (self.base_weight() + product).to(self.weight.dtype)
 
 
 def _adapt(layer: nn.Module, section: Lora) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainwright.checkpoint import manifest
 from trainwright.checkpoint.folders import WRITING, CheckpointError, path_of, prepare, publish, sync
 from trainwright.checkpoint.manifest import MANIFEST, PIECES, STATE
 from trainwright.checkpoint.team import OPEN, VERDICT, Meeting, Team, told
-from trainwright.pieces import Held, Piece
+from trainwright.models import tensor_file
+from trainwright.pieces import Held, Later, Piece
 
 _REFUSALS = (OSError, SafetensorError)  # the disk's; a TimeoutError, of processes that are gone, is an OSError too
 
@@ -91,7 +91,7 @@ class Writer:
 class _Part:
     """What this process writes: its tensors, what it tells of them, and the state."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | Later]
     rows: dict[str, dict[str, Any]]
     state: str
 
@@ -101,10 +101,10 @@ def _part(held: Mapping[str, Held], state: str, copy: bool = False) -> _Part:
         raise ValueError("a tensor can't be called '__metadata__': the safetensors format reserves this name")
     mine = {name: one for name, one in held.items() if one.speaks}
     for name, one in mine.items():
-        assert tuple(one.tensor.shape) == one.piece.size, f"{name}: {list(one.tensor.shape)} held as {one.piece}"
-    rows = {name: manifest.row(one.piece, one.tensor.dtype) for name, one in mine.items()}
-    full = {name: one.tensor.detach() for name, one in mine.items() if one.piece.numel}
-    return _Part({name: _copied(tensor) if copy else tensor.contiguous() for name, tensor in full.items()}, rows, state)
+        assert one.shape == one.piece.size, f"{name}: {list(one.shape)} held as {one.piece}"
+    rows = {name: manifest.row(one.piece, one.dtype) for name, one in mine.items()}
+    full = {name: one for name, one in mine.items() if one.piece.numel}
+    return _Part({name: _copied(one.tensor.detach()) if copy else one.values for name, one in full.items()}, rows, state)
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _reason(final: Path, part: _Part, error: BaseException) -> str:
         return str(error)
     if not isinstance(error, _REFUSALS) or isinstance(error, TimeoutError):
         return f"{type(error).__name__}: {error}"
-    needed = sum(tensor.nbytes for tensor in part.tensors.values()) + len(part.state)
+    needed = sum(_like(tensor).nbytes for tensor in part.tensors.values()) + len(part.state)
     place = next(folder for folder in final.absolute().parents if folder.is_dir())
     return f"{error}. It needs {needed:,} bytes, {shutil.disk_usage(place).free:,} are free"
 
@@ -218,13 +218,15 @@ def _save(folder: Path, part: _Part, team: Team) -> dict[str, Any]:
     return {"name": name, "files": files, "rows": part.rows}
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """``save_file``, naming the tensors whose dtype has no place in the format (such as complex128)."""
-    try:
-        save_file(tensors, path)
-    except KeyError as error:
-        names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
-        raise TypeError(f"safetensors can't hold {error.args[0]}, the dtype of {', '.join(names)}") from error
+def _save_tensors(tensors: Mapping[str, Tensor | Later], path: Path) -> None:
+    """One after the other: what is made for it needn't be there all at once."""
+    table = {name: _like(tensor) for name, tensor in tensors.items()}
+    values = ((name, tensor.make() if isinstance(tensor, Later) else tensor) for name, tensor in tensors.items())
+    tensor_file.save_file({path: list(tensors)}, table, values)
+
+
+def _like(tensor: Tensor | Later) -> Tensor:
+    return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta")
 
 
 def _describe(folder: Path, step: int, answers: list[dict[str, Any]], state: str) -> None:

@@ -1,6 +1,6 @@
 """The command line: argv -> Recipe -> one call."""
 
-from trainwright.cli import proving, training, using
+from trainwright.cli import planning, proving, training, using
 from trainwright.cli.base import Job, app
 
-__all__ = ["Job", "app", "proving", "training", "using"]
+__all__ = ["Job", "app", "planning", "proving", "training", "using"]

@@ -13,11 +13,16 @@ SAME = {
     "adamw_hf": "adamw", "adamw_apex_fused": "adamw", "paged_adamw_32bit": "adamw", "paged_adamw": "adamw", "sgd": "sgd",
     "adagrad": "adagrad", "rmsprop": "rmsprop", "rmsprop_bnb": "rmsprop", "rmsprop_bnb_32bit": "rmsprop",
 }  # fmt: skip
+# The same with states in 8 bits (bitsandbytes' or torchao's), where memory.optimizer_states says so.
+EIGHT_BITS = {
+    "adamw_bnb_8bit": "adamw", "adamw_8bit": "adamw", "paged_adamw_8bit": "adamw", "adamw_torch_8bit": "adamw",
+    "rmsprop_bnb_8bit": "rmsprop",
+}  # fmt: skip
 # The rest of transformers' OptimizerNames: what stands in, for the nearest mathematics.
 OTHERS = (
-    "adafactor", "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "adamw_bnb_8bit", "adamw_8bit",
-    "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
-    "paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb_8bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
+    "adafactor", "adamw_anyprecision", "adamw_torch_4bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit",
+    "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
     "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw",
     "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise",
     "stable_adamw",
@@ -65,13 +70,25 @@ def _name_of_arguments(reading: Reading) -> str:
         reading.say("optimizer.name", "adamw", "adafactor", raw="adafactor")
         reading.tell("warning", "adafactor", "isn't offered; it becomes adamw", "", "optimizer.name")
         return "adamw"
-    word = reading.word("optim", (*SAME, *OTHERS))
-    name = SAME.get(word or "adamw_torch", "adamw")
+    word = reading.word("optim", (*SAME, *EIGHT_BITS, *OTHERS))
+    name = {**SAME, **EIGHT_BITS}.get(word or "adamw_torch", "adamw")
+    if word in EIGHT_BITS:
+        _in_eight_bits(reading, word)
     if word in OTHERS:
         what = f"{word} isn't offered; it becomes adamw, whose states take 8 bytes a trained parameter"
         reading.tell("warning", "optim", what, "look at the learning rate again", "optimizer.name")
     reading.say("optimizer.name", name, "optim", raw=word or "adamw_torch", given=word is not None)
     return name
+
+
+def _in_eight_bits(reading: Reading, word: str) -> None:
+    if reading.get("deepspeed"):
+        what = f"{word}: DeepSpeed keeps optimizer states in float32 here"
+        reading.tell("warning", "optim", what, "set parallel.engine: torch and memory.optimizer_states: 8bit")
+        return
+    reading.say("memory.optimizer_states", "8bit", "optim", raw=word)
+    paged = "; to have them in CPU memory, set memory.optimizer_offload: cpu" if word.startswith("paged") else ""
+    reading.tell("note", "optim", f"{word}: blocks of 256 in the same map, also of embeddings{paged}", about="optimizer.name")
 
 
 def of_deepspeed(reading: Reading) -> None:

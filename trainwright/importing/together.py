@@ -115,7 +115,8 @@ def _optimizer(all_: Together) -> None:
 def _precision(all_: Together) -> None:
     said = next(iter(all_.all_said("precision")), None)
     if said and said.raw == "fp16":
-        all_.tell("warning", said, "fp16 isn't offered: it becomes bf16, which needs no scaling of the loss", about="precision")
+        what = "fp16 becomes bf16, which needs no scaling of the loss; precision: fp16 keeps it"
+        all_.tell("warning", said, what, about="precision")
 
 
 def _parallel(all_: Together) -> None:

@@ -119,11 +119,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             picked = logits.gather(1, target[:, None]).squeeze(1).to(wide)
             mean = chunk.to(wide) @ mean_head if mean_head is not None else None
             lse, picked, mean = (own, picked, mean) if shard is None else _whole(own, picked * (mine[:, 0] > 0), mean, shard)
-            total += (lse - (1 - smoothing) * picked + z_loss * lse.square()) @ real.squeeze(1)
+            # NOTE: sums, not products of vectors, which autocast would make in bfloat16.
+            total += ((lse - (1 - smoothing) * picked + z_loss * lse.square()) * real.squeeze(1)).sum()
             share = 1 / sums if shard is None else (own - lse).exp() / sums
             factor = ((1 + 2 * z_loss * lse) * share)[:, None] * real
             if mean is not None:
-                total -= smoothing * mean @ real.squeeze(1)
+                total -= (smoothing * mean * real.squeeze(1)).sum()
             if d_rows is not None:
                 gradient = factor * (exps @ head).to(wide) - (1 - smoothing) * mine * head[target].to(wide)
                 d_rows[part] = gradient if mean_head is None else gradient - smoothing * real * mean_head

@@ -17,7 +17,9 @@ def apply(model: nn.Module) -> Change:
     """
     if not has_convolutions(model):
         return Change("layout", "contiguous: there are no convolutions")
-    model.to(memory_format=torch.channels_last)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return Change("layout", "convolutions in channels-last order")
 
 

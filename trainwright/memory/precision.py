@@ -1,25 +1,41 @@
-"""Low precision: products in bfloat16 under autocast; frozen weights are stored in it, trained ones keep float32 masters.
+"""Low precision: what is stored in which dtype, and what products are made in.
 
-An update smaller than 1/256 of a weight is lost in a bfloat16 weight; that is why what learns stays in float32.
+bf16       products in bfloat16 under autocast; frozen weights are stored in it, trained ones keep float32 masters
+fp16       the same in float16, whose gradients need a scaled loss (``scaling``)
+pure_bf16  everything in bfloat16, what learns as well, so no autocast; BatchNorm alone stays in float32
+
+An update smaller than 1/256 of a weight is lost in a bfloat16 weight; that is why what learns stays in float32, or is rounded
+stochastically.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from trainwright.models.contract import Change
-from trainwright.recipe import InputError
+from trainwright.recipe import InputError, RunError
 
-Precision = Literal["fp32", "bf16", "fp64"]
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+Precision = Literal["fp32", "bf16", "pure_bf16", "fp16", "fp64"]
+Wished = Literal["auto", "fp32", "bf16", "pure_bf16", "fp16", "fp64"]
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "pure_bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+AUTOCAST: tuple[Precision, ...] = ("bf16", "fp16")
+WORDS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# What torch and oneDNN say of an operator without a kernel for float16.
+MISSING = ("not implemented for 'Half'", "could not create a primitive")
 
 
-def choose(section: Literal["auto", "fp32", "bf16", "fp64"], device: torch.device) -> Precision:
+def choose(section: Wished, device: torch.device) -> Precision:
     """What ``auto`` means on this device: bf16 where the hardware multiplies it, else fp32."""
     if section == "fp64" and device.type == "mps":
         raise InputError("precision: fp64, but Metal devices have no float64; use fp32, or run.device: cpu")
@@ -40,12 +56,14 @@ def apply(model: nn.Module, precision: Precision) -> Change:
     if precision == "fp64":
         model.double()
         return Change("precision", "everything in float64")
-    wide = _kept_wide(model)
+    if precision == "pure_bf16":
+        return _all_in_bfloat16(model)
+    dtype, wide = DTYPES[precision], _kept_wide(model)
     frozen = [p for p in model.parameters() if not (p.requires_grad or id(p) in wide)]
     for parameter in frozen:
-        parameter.data = parameter.data.to(torch.bfloat16)
-    count = sum(p.numel() for p in frozen)
-    return Change("precision", f"products in bfloat16, {count:,} frozen parameters stored in it; float32 masters for the rest")
+        parameter.data = parameter.data.to(dtype)
+    count, word = sum(p.numel() for p in frozen), WORDS[dtype]
+    return Change("precision", f"products in {word}, {count:,} frozen parameters stored in it; float32 masters for the rest")
 
 
 def _kept_wide(model: nn.Module) -> set[int]:
@@ -54,11 +72,54 @@ def _kept_wide(model: nn.Module) -> set[int]:
     return {id(p) for module in model.modules() if isinstance(module, wide) for p in module.parameters(recurse=False)}
 
 
+def _all_in_bfloat16(model: nn.Module) -> Change:
+    """All floating-point parameters and buffers but BatchNorm's, whose kernels take float32 ones with bfloat16 input."""
+    stays = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    for module in model.modules():
+        if module not in stays:
+            module._apply(_narrowed, recurse=False)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16)
+    kept = f"; {len(stays)} norms over batches in float32" if stays else ""
+    return Change("precision", f"everything in bfloat16, also {trained:,} parameters that learn, without masters{kept}")
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
 def context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """What the forward and the loss run under."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    if precision == "fp16":
+        return _in_float16(device)
+    return torch.autocast(device.type, dtype=DTYPES[precision]) if precision in AUTOCAST else nullcontext()
+
+
+@contextmanager
+def _in_float16(device: torch.device) -> Iterator[None]:
+    with with_kernels(device), torch.autocast(device.type, dtype=torch.float16):
+        yield
+
+
+@contextmanager
+def with_kernels(device: torch.device) -> Iterator[None]:
+    """Say what to do about an operator that has no kernel for float16 on this device.
+
+    Raises:
+        RunError: there was one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RunError) or not any(sign in str(error) for sign in MISSING):
+            raise
+        raise RunError(
+            f"precision: fp16, but an operator of this model has no kernel for float16 on {device.type} "
+            f"({str(error).splitlines()[0]}); use bf16 or fp32, or another run.device"
+        ) from None
 
 
 def of_inputs(precision: Precision) -> Callable[[Tensor], Tensor]:
     """What gives float32 inputs the dtype that the model takes; under autocast it takes them as they are."""
+    if precision == "pure_bf16":
+        return _narrowed
     return Tensor.double if precision == "fp64" else lambda inputs: inputs

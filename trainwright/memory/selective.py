@@ -15,6 +15,7 @@ CONVOLUTIONS = {"aten::convolution": 1, "aten::_convolution": 1}
 # Our own attention, torch's kernels for it, and recurrent ones: always.
 KERNELS = {
     "trainwright::packed_attention",
+    "trainwright::supplied_linear",
     "torch_attn::_varlen_attn",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",

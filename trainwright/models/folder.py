@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainwright.models.tensor_file import numbers, save_file
+from trainwright.models.tensor_file import numbers, offsets, save_file
 from trainwright.pieces import Piece
 from trainwright.recipe import InputError
 
@@ -54,6 +54,7 @@ class FolderWeights:
     def __init__(self, folder: Path) -> None:
         self.shown = str(folder)
         self._stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+        self._offsets: dict[Path, dict[str, int]] = {}
         for path, promised in weight_files(folder).items():
             entries = table(path)
             if missing := [name for name in promised or () if name not in entries]:
@@ -77,6 +78,13 @@ class FolderWeights:
         if kind not in DTYPES:
             raise InputError(f"{path}: {name} is stored as {kind}, quantised; take the weights it was made from")
         return DTYPES[kind]
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """Where the bytes of a tensor begin: a file, and the offset in it."""
+        path = self._stored[name][0]
+        if path not in self._offsets:
+            self._offsets[path] = offsets(path)
+        return path, self._offsets[path][name]
 
     def load(self, name: str, dtype: torch.dtype | None = None, piece: Piece | None = None) -> Tensor:
         """A new tensor in ``dtype`` (default: as stored) that shares nothing with the file; of it, only the piece is read."""

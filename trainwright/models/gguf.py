@@ -86,6 +86,20 @@ class GGUFWeights:
         out = self._dequantised(name, dtype or self.dtype(name))
         return piece.of(out).clone() if piece and not piece.whole else out
 
+    def kind(self, name: str) -> str:
+        """How a tensor is stored: F16, Q4_0, ..."""
+        return self._tensors[name].tensor_type.name
+
+    def blocks(self, name: str) -> Tensor:
+        """A new uint8 tensor (rows, bytes of a row) with the file's own blocks of a quantised matrix, rows in our order.
+
+        llama.cpp interleaves whole rows, and no block lies in two of them, so that nothing needs to be dequantised.
+        """
+        tensor, heads = self._tensors[name], self._interleaved_heads(name)
+        stored = torch.from_numpy(tensor.data.view(np.ndarray)).view(torch.uint8)
+        assert stored.ndim == 2
+        return deinterleaved(stored, heads) if heads else stored.clone()
+
     def _dequantised(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self._tensors[name]
         out = torch.empty(self.shape(name), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor: the library's own writer wants all of a file's tensors in memory at once.
+"""Safetensors files tensor by tensor: the library's own writer wants all of a file's tensors in memory at once.
 
 The format (github.com/huggingface/safetensors): the header's length as 8 bytes, the header as JSON, padded with spaces to a
 multiple of 8, then the numbers of all tensors, little-endian and without gaps, those of wider dtypes first.
@@ -82,6 +82,14 @@ def _write(path: Path, offset: int, name: str, tensor: Tensor, expected: Tensor)
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(numbers(tensor))
+
+
+def offsets(path: Path) -> dict[str, int]:
+    """Where the bytes of each tensor begin in a whole file, from its start."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def numbers(tensor: Tensor) -> memoryview:

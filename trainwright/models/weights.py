@@ -116,6 +116,7 @@ def load_into(
     pieces: Mapping[str, Piece] = MappingProxyType({}),
     aliases: Mapping[str, str] = MappingProxyType({}),
     absent: Callable[[str], bool] = lambda name: False,
+    instead: Mapping[str, Callable[[Weights, str], None]] = MappingProxyType({}),
 ) -> LoadReport:
     """Give the model's parameters and persistent buffers the stored values, one at a time: memory holds one copy.
 
@@ -130,6 +131,7 @@ def load_into(
         pieces: the model's names whose tensors are boxes of the plain model's; the others are whole.
         aliases: the model's names that the plain model has another one for (a copy of a tied embedding).
         absent: which of the plain model's names other processes hold; the file's values for them are not for this one.
+        instead: the model's names whose values aren't loaded, and what is called with the weights and the stored name.
 
     Raises:
         InputError: ``exact``: any name or shape that doesn't match, all of them named; but BatchNorm's counters may be missing.
@@ -141,7 +143,9 @@ def load_into(
     matched = set(report.matched)
     with single_threaded():
         for slot in slots:
-            if slot.name in matched:
+            if slot.name in matched and slot.name in instead:
+                instead[slot.name](weights, slot.stored[0])
+            elif slot.name in matched:
                 place(model, slot, read(slot, weights, dtype_of(slot, dtype)), device)
     return report
 

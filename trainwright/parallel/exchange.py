@@ -49,8 +49,8 @@ def table(held: Mapping[str, Held], device: torch.device) -> dict[str, Spread]:
 
 
 def _row(name: str, one: Held) -> list[Any]:
-    assert tuple(one.tensor.shape) == one.piece.size, f"{name}: {list(one.tensor.shape)} held as {one.piece}"
-    kind = str(one.tensor.dtype).removeprefix("torch.")
+    assert one.shape == one.piece.size, f"{name}: {list(one.shape)} held as {one.piece}"
+    kind = str(one.dtype).removeprefix("torch.")
     return [name, kind, one.piece.shape, one.piece.start, one.piece.size]
 
 

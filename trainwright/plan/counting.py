@@ -1,12 +1,15 @@
-"""What a step computes, moves and sends: each operator's floating-point operations and bytes, each message between processes."""
+"""What a step computes, moves and sends: floating-point operations and bytes of operators, messages between processes."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -34,10 +37,16 @@ class Counts:
 
     def __init__(self) -> None:
         self.pairs = 0
-        self.scale = 1  # how many times what is counted now happens in a step
-        self.works: Counter[Work] = Counter()
-        self.messages: Counter[Message] = Counter()
-        self.unknown: Counter[str] = Counter()
+        self.scale = 1.0  # how many times what is counted now happens in a step
+        self.works: defaultdict[Work, float] = defaultdict(float)
+        self.messages: defaultdict[Message, float] = defaultdict(float)
+        self.unknown: defaultdict[str, float] = defaultdict(float)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.works.clear()
+        self.messages.clear()
+        self.unknown.clear()
 
     def count(self, operator: Any, args: Any, kwargs: Any, result: Any, phase: str) -> None:
         """One call."""
@@ -50,7 +59,7 @@ class Counts:
         if namespace not in KNOWN:
             self.unknown[f"{namespace}.{name}"] += self.scale
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        results = [x for x in tree_leaves(result) if isinstance(x, Tensor)] or _changed(operator, args)
         largest = max(tensors + results, key=Tensor.numel, default=None)
         if largest is None:
             return
@@ -66,11 +75,23 @@ class Counts:
         )
         self.works[work] += self.scale
 
+    def fuse(self, reads: Sequence[Tensor], result: Tensor, phase: str) -> None:
+        """One kernel of joined elementwise work."""
+        moved = sum(x.numel() * x.element_size() for x in (*reads, result))
+        dtype = str(result.dtype).removeprefix("torch.")
+        work = Work("fused", "elementwise", dtype, result.numel(), moved, tuple(result.shape), phase, 1)
+        self.works[work] += self.scale
+
     def _flops(self, operator: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
-        if name.startswith("packed_attention"):  # a multiply and an add for each of two products forward, of five backward
-            q = args[1 if name.endswith("backward") else 0]
-            heads = q.shape[1] * q.shape[3]
-            return int((20 if name.endswith("backward") else 4) // 2 * heads * q.shape[-1] * self.pairs)
+        if kind_of(operator, name) == "attention":  # a multiply and an add for each of two products forward, of five backward
+            backward = "backward" in name
+            q, pairs = args[1 if backward else 0], self.pairs
+            if not name.startswith("packed_attention"):  # (rows, heads, length, head_dim), perhaps over pairs alone
+                key = args[2 if backward else 1]
+                causal = any(value is True for value in (*args[3:], *kwargs.values()))
+                pairs = q.shape[0] * q.shape[2] * key.shape[2] // (2 if causal else 1)
+            heads = q.shape[1] * (q.shape[3] if q.ndim == 5 else 1)
+            return int((10 if backward else 4) * heads * q.shape[-1] * pairs)
         formula = flop_registry.get(operator.overloadpacket)
         if formula is not None:
             return int(formula(*args, **kwargs, out_val=result))
@@ -85,6 +106,24 @@ class Counts:
         if size > 1:
             self.messages[Message(kind, amount, size, stride, 1, phase == "backward" or kind == "all_gather")] += self.scale
 
+    def all_works(self) -> list[Work]:
+        """With the number of their calls in a step."""
+        return [replace(work, calls=round(count)) for work, count in self.works.items()]
+
+    def all_messages(self) -> list[Message]:
+        """With the number of their calls in a step."""
+        return [replace(message, calls=round(count)) for message, count in self.messages.items()]
+
+
+def _changed(operator: Any, args: Any) -> list[Tensor]:
+    """The arguments that an operator without results writes."""
+    written = [
+        value
+        for argument, value in zip(operator._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [x for x in tree_leaves(written) if isinstance(x, Tensor)]
+
 
 def _group(args: Any) -> dist.ProcessGroup | None:
     for value in tree_leaves(args):
@@ -97,7 +136,7 @@ def _group(args: Any) -> dist.ProcessGroup | None:
                 continue
         if isinstance(value, str):
             try:
-                return torch.distributed.distributed_c10d._resolve_process_group(value)
+                return c10d._resolve_process_group(c10d.GroupName(value))
             except (RuntimeError, ValueError):
                 continue
     return None
@@ -118,7 +157,7 @@ def kind_of(operator: Any, name: str) -> str:
         return "attention"
     if name in COPIES:
         return "copy"
-    return "elementwise" if torch.Tag.pointwise in operator.tags or name.startswith(("_foreach", "_fused", "sum")) else "other"
+    return "elementwise" if operator.namespace in ("aten", "prims") else "other"
 
 
 def _shape(name: str, tensors: list[Tensor], largest: Tensor) -> tuple[int, ...]:

@@ -49,6 +49,11 @@ class Ledger:
         self._watches: dict[int, weakref.ref[Any]] = {}
         self._next = 0
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU's memory is what counts."""
+        return self._device.type == "cpu"
+
     def see(self, values: Any) -> None:
         """Note whatever tensors are among these."""
         for value in tree_leaves(values):
@@ -81,6 +86,12 @@ class Ledger:
         self._sizes[number] = self._sizes.get(number, 0) + change
         if change:
             self.events.append(Event(number, change, self._moment()))
+
+    def pass_by(self, size: int) -> None:
+        """Memory that is taken and given back within an operator."""
+        if size:
+            number, self._next = self._next, self._next + 1
+            self.events += [Event(number, size, self._moment()), Event(number, -size, self._moment())]
 
     @contextmanager
     def resizing(self) -> Iterator[None]:

@@ -59,5 +59,5 @@ class Moments:
 
     def _mark(self) -> None:
         if torch._C._current_graph_task_id() == -1:
-            self._firsts.append(torch.autograd._get_sequence_nr())
+            self._firsts.append(torch._C._autograd._get_sequence_nr())
             self._modules.append(self._stack[-1] if self._stack else "")

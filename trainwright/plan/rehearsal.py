@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,26 +20,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from trainwright import build, loop
 from trainwright.loop import Batch, Run
-from trainwright.pieces import local
 from trainwright.parallel.pipeline_run import Hidden
+from trainwright.pieces import local
+from trainwright.plan.compiling import Compiler
 from trainwright.plan.counting import Counts
 from trainwright.plan.hops import told
 from trainwright.plan.ledger import Ledger, Peak, numbers
 from trainwright.plan.moments import Moments
+from trainwright.plan.report import PARTS
+from trainwright.plan.workspace import workspace
 from trainwright.recipe import InputError, Recipe
 
 aten = torch.ops.aten
-PARTS = ("parameters", "gradients", "optimizer states", "activations", "temporary", "communication", "batch")
+FEW = 3  # micro-batches of a step that are taken; those between the first and the last are alike
 
 
 @dataclass(frozen=True)
 class Rehearsed:
     """What one process of a run takes.
 
-    parts     bytes at the peak, by ``PARTS``
+    parts     bytes at the peak, by ``report.PARTS``
+    units     of work in this process's part of a step
     resting   bytes between steps
     timeline  (phase, bytes) in equal parts of a step
     """
@@ -51,6 +56,7 @@ class Rehearsed:
     timeline: list[tuple[str, int]]
     counts: Counts
     units: int
+    micro_batches: int
     changes: list[tuple[str, str]] = field(default_factory=list)
     unit: str = "tokens"
 
@@ -63,17 +69,25 @@ class Watching(TorchDispatchMode):
         self.fake, self.ledger, self.counts, self.moments = fake, ledger, counts, moments
         self.batch: Batch | None = None
         self.messages: set[int] = set()
+        self.paused = False
+        self.answers: dict[str, Any] = {}
         self.counting: set[int] = set()  # storages of 0, 1, 2, ...
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.paused or func is torch.ops.prim.device.default:
+            return func(*args, **(kwargs or {}))
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its local operators are seen
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
             return self._value(args[0])
+        if func is aten.equal.default:
+            return True
         if func is aten.nonzero.default:
             assert self.batch is not None
             result: Any = torch.empty((self.batch.supervised, 1), dtype=torch.int64, device=args[0].device)
+        elif func is aten.mkldnn_rnn_layer.default:
+            result = self._asked(func, args, kwargs)
         else:
             try:
                 result = func(*args, **kwargs)
@@ -82,11 +96,37 @@ class Watching(TorchDispatchMode):
         if func.overloadpacket is aten.arange:
             self.counting |= numbers(self.ledger, [result])
         self.ledger.see(result)
+        if self.ledger.on_cpu:
+            self.ledger.pass_by(workspace(func, args, result))
         self.counts.count(func, args, kwargs, result, self.moments.now()[0])
         if func.namespace in ("c10d", "_c10d_functional"):
-            self.messages |= numbers(self.ledger, [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)])
+            self.messages |= numbers(self.ledger, [x for x in tree_leaves(args) if isinstance(x, Tensor)])
         return result
 
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """While nothing is seen."""
+        self.paused, before = True, self.paused
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def fused(self, reads: Sequence[Tensor], result: Tensor) -> None:
+        """A kernel of joined work wrote this."""
+        if not self.paused:
+            self.ledger.see(result)
+            self.counts.fuse(reads, result, self.moments.now()[0])
+
+    def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the kernel itself gives for tensors of this shape: nobody else knows the size of its workspace."""
+        key = str(tree_map_only(Tensor, lambda x: (x.shape, x.dtype), (args, kwargs)))
+        if key not in self.answers:
+            with _disable_current_modes():
+                real = tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype), (args, kwargs))
+                self.answers[key] = tree_map_only(Tensor, lambda x: (x.shape, x.dtype), func(*real[0], **real[1]))
+        device = args[0].device
+        return tuple(kind and torch.empty(kind[0], dtype=kind[1], device=device) for kind in self.answers[key])
 
     def _value(self, value: Tensor) -> float | int | bool:
         """A value that is as good as any; of a view of 0, 1, 2, ... its own."""
@@ -118,9 +158,9 @@ def processes(count: int, rank: int) -> Iterator[None]:
 
 
 def rehearse(
-    recipe: Recipe, count: int = 1, rank: int = 0, *, steps: int = 2, splits: Any = None, hops: dict[int, Hidden] | None = None
+    recipe: Recipe, count: int = 1, rank: int = 0, *, splits: Any = None, hops: dict[int, Hidden] | None = None
 ) -> Rehearsed:
-    """Build a recipe's program as process ``rank`` of ``count`` sees it, and take its first steps.
+    """Build a recipe's program as process ``rank`` of ``count`` sees it, and take two steps.
 
     Args:
         splits: documents already tokenised.
@@ -134,29 +174,28 @@ def rehearse(
     ledger = Ledger(device, moments.now)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     watching = Watching(fake, ledger, counts, moments)
+    compiler = Compiler(watching.pausing, watching.fused)
     with ExitStack() as stack:
         stack.enter_context(processes(count, rank))
         stack.enter_context(ledger.resizing())
         stack.enter_context(told({} if hops is None else hops))
         stack.enter_context(fake)
         stack.enter_context(watching)
-        run = build.assemble(recipe, splits=splits, rehearsal=_disable_current_modes)
+        run = build.assemble(recipe, splits=splits, rehearsal=build.Rehearsal(_disable_current_modes, compiler.compile))
         moments.name(run.model)
         stack.enter_context(moments.following())
-        return _steps(run, watching, steps, rank)
+        return _steps(run, watching, rank)
 
 
-def _steps(run: Run, watching: Watching, steps: int, rank: int) -> Rehearsed:
-    ledger, counts, moments = watching.ledger, watching.counts, watching.moments
+def _steps(run: Run, watching: Watching, rank: int) -> Rehearsed:
+    ledger, counts = watching.ledger, watching.counts
     run.model.train()
     gc.collect()
-    start = 0
-    for number in range(steps):
-        start = len(ledger.events)
-        counts.works.clear(), counts.messages.clear(), counts.unknown.clear()
-        moments.phase = "batch"
-        batches = _batches(run, watching)
-        gradients = _step(run, watching, batches)
+    batches = _batches(run, watching)
+    _step(run, watching, batches[-1:])  # makes the optimizer's states
+    start = len(ledger.events)
+    counts.clear()
+    gradients = _step(run, watching, batches)
     peak = ledger.peak(start)
     known = _known(run, watching, gradients)
     return Rehearsed(
@@ -167,6 +206,7 @@ def _steps(run: Run, watching: Watching, steps: int, rank: int) -> Rehearsed:
         timeline=ledger.timeline(start),
         counts=counts,
         units=sum(batch.size for batch in batches),
+        micro_batches=len(batches),
         changes=[(change.technique, change.summary) for change in run.changes],
         unit=run.unit,
     )
@@ -189,10 +229,17 @@ def _faked(batch: Any, watching: Watching) -> Any:
 
 
 class _Followed(Sequence[Batch]):
-    """Batches that tell which of them is in hand: how many labels it has, no fake tensor knows."""
+    """Batches that tell which of them is in hand: how many labels it has, no fake tensor knows.
 
-    def __init__(self, batches: Sequence[Batch], watching: Watching) -> None:
-        self._batches, self._watching = batches, watching
+    Of many alike only ``most`` are taken, of which all but the first and the last count for those that are left out.
+    """
+
+    def __init__(self, batches: Sequence[Batch], watching: Watching, most: int) -> None:
+        self._watching, count = watching, len(batches)
+        chosen = range(count) if count <= most else [*range(most - 1), count - 1]
+        self._batches = [batches[number] for number in chosen]
+        inner = max(1, len(chosen) - 2)
+        self._scales = [1 if number in (0, count - 1) else (count - 2) / inner for number in chosen]
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -200,8 +247,8 @@ class _Followed(Sequence[Batch]):
     def __getitem__(self, index: Any) -> Any:
         batch = self._batches[index]
         if isinstance(index, int):
-            self._watching.batch = batch
-            self._watching.counts.pairs = getattr(batch, "pairs", 0)
+            self._watching.batch, counts = batch, self._watching.counts
+            counts.pairs, counts.scale = getattr(batch, "pairs", 0), self._scales[index]
         return batch
 
 
@@ -210,8 +257,9 @@ def _step(run: Run, watching: Watching, batches: Sequence[Batch]) -> set[int]:
     moments, ledger, counts = watching.moments, watching.ledger, watching.counts
     moments.phase = "forward"
     loop.seed(run, 0)
-    run.forward_backward(_Followed(batches, watching))
-    moments.phase = "optimizer"
+    most = 2 * stages if (stages := run.recipe.parallel.pipeline) > 1 else FEW
+    run.forward_backward(_Followed(batches, watching, most))
+    moments.phase, counts.scale = "optimizer", 1
     run.clip()
     gradients = numbers(ledger, [local(p.grad) for p in _learning(run) if p.grad is not None])
     run.optimizer.step()
@@ -230,9 +278,9 @@ def _known(run: Run, watching: Watching, gradients: set[int]) -> dict[str, set[i
     held = [local(v) for state in states.values() for v in state.values() if isinstance(v, Tensor)]
     return {
         "parameters": numbers(ledger, tensors),
-        "optimizer states": numbers(ledger, held),
         "gradients": gradients,
-        "communication": watching.messages,
+        "optimizer states": numbers(ledger, held),
+        "communication buffers": watching.messages,
     }
 
 
@@ -242,11 +290,7 @@ def _parts(peak: Peak, known: dict[str, set[int]], ledger: Ledger) -> dict[str, 
     ended = {event.storage: event.moment[0] for event in ledger.events[peak.index + 1 :] if event.change < 0}
     parts = dict.fromkeys(PARTS, 0)
     for storage, size in peak.live.items():
-        name = next((part for part in ("parameters", "optimizer states", "gradients", "communication")
-                     if storage in known[part]), None)  # fmt: skip
-        if name is None:
-            first = born.get(storage, "")
-            kept = first == "forward" and ended.get(storage) == "backward"
-            name = "batch" if first == "batch" else "activations" if kept else "temporary"
+        kept = born.get(storage) == "forward" and ended.get(storage) == "backward"
+        name = next((part for part in known if storage in known[part]), "activations" if kept else "temporary")
         parts[name] += size
     return parts

@@ -47,6 +47,22 @@ def parse(mapping: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
+def changed(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
+    """A recipe with other values at dotted keys.
+
+    Raises:
+        InputError: they don't suit the rest.
+    """
+    mapping = recipe.model_dump(mode="json")
+    for key, value in keys.items():
+        *path, last = key.split(".")
+        section = mapping
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return parse(mapping)
+
+
 def dump(recipe: Recipe) -> str:
     """YAML with every key, defaults included, in the order of ``Recipe``; ``parse`` gives the same recipe again."""
     return recipe_yaml.write(recipe.model_dump())

@@ -10,7 +10,7 @@ from trainwright.recipe.base import Positive, Section
 
 
 class Memory(Section):
-    """What the backward needs of the forward: kept, computed again, or put elsewhere."""
+    """What the backward needs of the forward: kept, computed again, or put elsewhere; and the same for optimizer states."""
 
     checkpointing: Literal["none", "full", "selective", "offload"] = Field(
         "none",
@@ -21,8 +21,23 @@ class Memory(Section):
     blocks: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="name patterns of the modules that are blocks; null: those of the model, or its repeated parts"
     )
+    optimizer_states: Literal["plain", "8bit"] = Field(
+        "plain", description="8bit: one byte a number for matrices, in blocks of 256 with a scale; plain: float32"
+    )
+    optimizer_offload: Literal["none", "cpu", "disk"] = Field(
+        "none", description="where optimizer states are between steps. cpu: in its memory. disk: in a file"
+    )
+    optimizer_in_backward: bool = Field(
+        False, description="update and free each gradient as it arrives; needs one micro-batch, one process, no clipping"
+    )
+    frozen: Literal["resident", "stream"] = Field(
+        "resident",
+        description="stream: frozen matrices of the blocks stay in their safetensors file and are read for each product",
+    )
     folder: str | None = Field(
-        None, description="offload on a CPU writes a file here, while it runs; null: the system's folder for temporary files"
+        None,
+        description="where files are while it runs, of checkpointing: offload on a CPU, and of optimizer_offload: disk; "
+        "null: the system's folder for temporary files",
     )
 
     @model_validator(mode="after")
@@ -32,6 +47,6 @@ class Memory(Section):
             raise ValueError(f"every has no effect: checkpointing is {mode}; it is for full and offload")
         if self.blocks is not None and mode == "none":
             raise ValueError("blocks has no effect: checkpointing is none")
-        if self.folder is not None and mode != "offload":
-            raise ValueError(f"folder has no effect: checkpointing is {mode}, not offload")
+        if self.folder is not None and mode != "offload" and self.optimizer_offload != "disk":
+            raise ValueError(f"folder has no effect: checkpointing is {mode}, not offload, and optimizer_offload isn't disk")
         return self

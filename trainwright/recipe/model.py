@@ -74,6 +74,10 @@ class Lora(Section):
     alpha: AboveZero = 32.0
     targets: str | list[str] = Field("all-linear", description="all-linear (without the head), or name patterns of modules")
     dropout: Fraction = 0.0
+    base: Literal["plain", "4bit"] = Field(
+        "plain",
+        description="4bit: frozen matrices of the blocks in NF4 (QLoRA), or in the blocks of a quantised GGUF file as they are",
+    )
     scaling: Literal["standard", "rslora"] = Field("standard", description="alpha/rank, or alpha/sqrt(rank)")
     start: str | None = Field(None, description="folder with an adapter in PEFT's format to continue from")
 

@@ -10,7 +10,7 @@ from trainwright.recipe.base import Section
 from trainwright.recipe.data import Data, TextData
 from trainwright.recipe.learning import AdamW, Cosine, CrossEntropy, Loss, Optimizer, Schedule
 from trainwright.recipe.memory import Memory
-from trainwright.recipe.model import Adapt, Full, Model
+from trainwright.recipe.model import Adapt, Full, Lora, Model
 from trainwright.recipe.parallel import Parallel
 from trainwright.recipe.running import Checkpoint, Evaluation, RunOptions, Tracking, Training
 
@@ -42,10 +42,10 @@ class Recipe(Section):
     )
     optimizer: Optimizer = Field(default_factory=AdamW)
     schedule: Schedule = Field(default_factory=Cosine)
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "pure_bf16", "fp16", "fp64"] = Field(
         "auto",
-        description="bf16: products in bf16, frozen weights stored in bf16, trained ones keep fp32 masters. "
-        "fp64: slow; what other runs are measured by",
+        description="bf16: products in bf16, frozen weights stored in bf16, trained ones keep fp32 masters. pure_bf16: trained "
+        "ones in bf16 as well. fp16: as bf16, with a scaled loss. fp64: slow; what other runs are measured by",
     )
     memory: Memory = Field(default_factory=Memory)
     parallel: Parallel = Field(default_factory=Parallel)
@@ -70,6 +70,46 @@ class Recipe(Section):
             raise ValueError("evaluation.every, best and stop need held-out data: set data.held_out")
         if (evaluation.stop or evaluation.best) and not evaluation.every:
             raise ValueError("evaluation.best and stop look at the evaluations on the way: set evaluation.every")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_the_precision(self) -> Recipe:
+        if self.parallel.engine == "deepspeed" and self.precision in ("fp16", "pure_bf16"):
+            raise ValueError(
+                f"precision: {self.precision} isn't offered with parallel.engine: deepspeed, which would cast the model and "
+                "scale the loss by its own rules; use bf16, or set parallel.engine: torch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_overflow_can_be_left_out(self) -> Recipe:
+        if self.precision == "fp16" and self.memory.optimizer_in_backward:
+            raise ValueError(
+                "memory.optimizer_in_backward: not with precision: fp16, where a step may only be taken once no gradient of it "
+                "has overflowed; use bf16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_weights_can_be_elsewhere(self) -> Recipe:
+        packed = isinstance(self.adapt, Lora) and self.adapt.base == "4bit"
+        streamed = self.memory.frozen == "stream"
+        if packed and streamed:
+            raise ValueError("memory.frozen: stream and adapt.base: 4bit exclude each other; stream takes the least memory")
+        if not (packed or streamed):
+            return self
+        key = "adapt.base: 4bit" if packed else "memory.frozen: stream"
+        section = self.parallel
+        reasons = {
+            "needs model.pretrained: there are no frozen weights otherwise": self.model.pretrained is None,
+            "needs model.match: exact": self.model.match != "exact",
+            "isn't offered with parallel.engine: deepspeed, which wants all weights as tensors": section.engine == "deepspeed",
+            "isn't offered with parallel.zero: 3, which divides weights itself; set zero to 2 or less": section.zero == 3,
+            "isn't offered with parallel.tensor, which cuts weights across blocks; set tensor to 1": section.tensor > 1,
+        }
+        for reason, given in reasons.items():
+            if given:
+                raise ValueError(f"{key} {reason}")
         return self
 
     @model_validator(mode="after")

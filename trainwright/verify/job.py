@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainwright.recipe import Recipe
-from trainwright.recipe.file import parse
+from trainwright.recipe.file import changed as changed
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,3 @@ class Job:
         section = self.recipe.parallel
         assert section.data != "auto", "the number of data ranks must be settled first"
         return section.data * section.tensor * section.pipeline
-
-
-def changed(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
-    """A recipe with other values at dotted keys.
-
-    Raises:
-        InputError: they don't suit the rest.
-    """
-    mapping = recipe.model_dump(mode="json")
-    for key, value in keys.items():
-        *path, last = key.split(".")
-        section = mapping
-        for name in path:
-            section = section[name]
-        section[last] = value
-    return parse(mapping)

@@ -23,10 +23,10 @@ from trainwright.verify import telling
 from trainwright.verify.tracing import AVERAGE, BEGIN, END, FIRST, LAST, SAVED, Trace, same_bits
 
 Verdict = Literal["exact", "within", "failed", "skipped"]
-FACTOR = {"fp32": 8.0, "bf16": 4.0, "fp64": 1.0}
+FACTOR = {"fp32": 8.0, "bf16": 4.0, "pure_bf16": 4.0, "fp16": 4.0, "fp64": 1.0}
 # The least bounds, relative: so many roundings are to be expected whatever the plain run's luck.
-FLOOR = {"fp32": 4e-6, "bf16": 1.5e-2, "fp64": 1e-9}
-WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+FLOOR = {"fp32": 4e-6, "bf16": 1.5e-2, "pure_bf16": 1.5e-2, "fp16": 3e-3, "fp64": 1e-9}
+WORDS = {"fp32": "float32", "bf16": "bfloat16", "pure_bf16": "pure bfloat16", "fp16": "float16", "fp64": "float64"}
 SHOWN = 4  # tensors that a line names
 
 

@@ -19,7 +19,7 @@ from trainwright.verify.tracing import Trace
 Say = Callable[[str], None]
 ROUNDING = 0.1  # a distance below it may come from a rounding that decided something; float64 tells
 SHARP = {"precision": "fp32", "run.compile": "off"}
-SANE = {"fp32": 1e-3, "bf16": 0.1}  # a plain run further than that from float64 is no measure
+SANE = {"fp32": 1e-3, "bf16": 0.1, "pure_bf16": 0.1, "fp16": 0.1}  # a plain run further than that from float64 is no measure
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Prover:
         if not verdict.good:
             return verdict
         more = list(self._bits(job))
-        if self.facts.precision(job) == "bf16":
+        if self.facts.precision(job) in techniques.LOW:
             more += _in_short(self._compare(job.with_keys(SHARP).but(resume=False)))
         return Verdict((*verdict.lines, *more))
 

@@ -67,15 +67,26 @@ def _one_data_rank(job: Job, facts: Facts) -> Job:
     return job.with_keys({"parallel.data": 1, "parallel.zero": 0, "training.micro_batch_size": size})
 
 
+LOW = ("bf16", "pure_bf16", "fp16")
 TECHNIQUES = (
     Technique("packing", "data.packing", "order", lambda job, facts: facts.packs and not job.separate,
               lambda job, facts: job.but(separate=True)),
     Technique("own kernels", "run.kernels", "order", lambda job, facts: facts.kernels and job.recipe.run.kernels != "off",
               _keys(run__kernels="off")),
     Technique("checkpointing", "memory.checkpointing", "exact", lambda job, facts: job.recipe.memory.checkpointing != "none",
-              _keys(memory={})),
+              _keys(memory__checkpointing="none", memory__every=1, memory__blocks=None)),
+    Technique("streamed weights", "memory.frozen", "exact", lambda job, facts: job.recipe.memory.frozen == "stream",
+              _keys(memory__frozen="resident")),
+    Technique("4-bit base", "adapt.base", "precision", lambda job, facts: getattr(job.recipe.adapt, "base", "") == "4bit",
+              _keys(adapt__base="plain")),
+    Technique("8-bit optimizer states", "memory.optimizer_states", "precision",
+              lambda job, facts: job.recipe.memory.optimizer_states == "8bit", _keys(memory__optimizer_states="plain")),
+    Technique("offloaded optimizer states", "memory.optimizer_offload", "exact",
+              lambda job, facts: job.recipe.memory.optimizer_offload != "none", _keys(memory__optimizer_offload="none")),
+    Technique("optimizer in backward", "memory.optimizer_in_backward", "exact",
+              lambda job, facts: job.recipe.memory.optimizer_in_backward, _keys(memory__optimizer_in_backward=False)),
     Technique("compile", "run.compile", "order", lambda job, facts: facts.compiles(job), _keys(run__compile="off")),
-    Technique("low precision", "precision", "precision", lambda job, facts: facts.precision(job) == "bf16",
+    Technique("low precision", "precision", "precision", lambda job, facts: facts.precision(job) in LOW,
               _keys(precision="fp32")),
     Technique("accumulation", "training.micro_batch_size", "order", _accumulates, _at_once),
     Technique("tensor parallel", "parallel.tensor", "order", lambda job, facts: job.recipe.parallel.tensor > 1,

@@ -1,0 +1,153 @@
+"""Measuring the CPU, briefly, and keeping what was measured."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from trainwright.plan import calibrate
+from trainwright.plan.devices import find
+from trainwright.plan.timing import estimate
+from trainwright.plan.work import Work
+
+WAYS = ("forward", "backward")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "SIZES", {"float32": [16, 64], "bfloat16": [16, 64], "float16": [32]})
+        patch.setattr(calibrate, "BYTES", [2**12, 2**16])
+        patch.setattr(calibrate, "LENGTHS", [16, 64])
+        patch.setattr(calibrate, "CONVOLUTIONS", ((4, 8), (8, 8)))
+        patch.setattr(calibrate, "PATIENCE", 1e-4)
+        patch.setattr(calibrate, "COLD", 2**17)
+        patch.setattr(calibrate, "COLDER", 2**17)
+        patch.setattr(calibrate, "CHAIN", 5)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    found = calibrate.measure()
+    assert torch.equal(torch.get_rng_state(), before), "a run's random numbers go on as before"
+    return found
+
+
+def test_all_that_is_needed_is_measured(measured):
+    assert set(measured.products) == {"float32", "bfloat16", "float16"}
+    for sizes, rates in measured.products.values():
+        assert [len(rates), len(rates[0]), len(rates[0][0])] == [len(sizes)] * 3
+        assert all(rate > 0 and math.isfinite(rate) for plane in rates for line in plane for rate in line)
+    kinds = ("elementwise", "dear", "copy", "pool", *(f"{kind}.{way}" for kind in ("attention", "convolution") for way in WAYS))
+    assert {f"{kind}.{dtype}" for kind in kinds for dtype in ("float32", "bfloat16")} <= set(measured.rates)
+    for sizes, rates in measured.rates.values():
+        assert sizes == sorted(sizes)
+        assert len(sizes) == len(rates) >= 2
+        assert all(rate > 0 for rate in rates)
+    assert 1e-8 < measured.overhead < 1e-3
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    monkeypatch.setattr(calibrate, "_seconds", lambda call, most=0: (call(0), 2.0)[1])
+    monkeypatch.setattr(calibrate, "SIZES", {"float32": [16, 32]})
+    monkeypatch.setattr(calibrate, "BYTES", [2**12])
+    monkeypatch.setattr(calibrate, "LENGTHS", [16])
+    monkeypatch.setattr(calibrate, "CONVOLUTIONS", ((4, 8),))
+    found = calibrate.measure()
+    assert found.products["float32"][1][1][0][1] == 3 * 2 * 32 * 16 * 32 / 2, "(m, n, k) in this order, three products"
+    assert found.rates["elementwise.float32"] == ([2**12], [pytest.approx(2**12 / 2, rel=0.01)])
+    assert found.rates["copy.bfloat16"][1] == [pytest.approx(2**12 / 2, rel=0.01)]
+    small = 8 * 16 * 32 * 32 * (4 + 12 / 4)
+    assert found.rates["pool.float32"] == ([small, 8 * small], [small / 2, 4 * small])
+    pairs = 8 * 64 * 16 * 17 / 2
+    assert found.rates["attention.forward.float32"] == ([4 * pairs], [2 * pairs])
+    assert found.rates["attention.backward.float32"] == ([10 * pairs], [5 * pairs])
+    flops, moved = 2 * 8 * 4 * 4 * 9 * 64, 4 * (8 * 4 * 64 * 2 + 4 * 4 * 9)
+    assert found.rates["convolution.forward.float32"] == ([flops / moved], [flops / 2])
+    both = 4 * (8 * 4 * 64 * 3 + 4 * 4 * 9 * 2)
+    assert found.rates["convolution.backward.float32"] == ([2 * flops / both], [flops])
+
+
+def test_bytes_that_an_element_moves(monkeypatch):
+    moved = {}
+    monkeypatch.setattr(
+        calibrate, "_bandwidth", lambda kind, dtype, to, count, each: moved.setdefault((kind, dtype), each) and 1.0
+    )
+    dict(calibrate._elementwise())
+    assert moved == {
+        ("elementwise", torch.float32): 12, ("dear", torch.float32): 8, ("copy", torch.float32): 6,
+        ("elementwise", torch.bfloat16): 6, ("dear", torch.bfloat16): 4, ("copy", torch.bfloat16): 6,
+    }  # fmt: skip
+
+
+def test_the_quick_calls_count(monkeypatch):
+    monkeypatch.setattr(calibrate, "PATIENCE", 0.04)
+    waits = iter([0.03, 0.02, 0.0, *[0.02] * 9])
+    assert calibrate._seconds(lambda _: time.sleep(next(waits))) < 0.01
+    turns = []
+    monkeypatch.setattr(calibrate, "PATIENCE", 0.0)
+    calibrate._seconds(turns.append)
+    assert turns == [0, 1], "what takes long is measured once, after a first time that doesn't count"
+
+
+def test_our_kernel_is_measured_where_it_is_loaded():
+    cpu_attention = pytest.importorskip("trainwright.models.cpu_attention")
+    found = dict(calibrate._packed())
+    assert set(found) == (
+        {f"packed.{way}.{dtype}" for way in WAYS for dtype in ("float32", "bfloat16")} if cpu_attention.available() else set()
+    )
+
+
+def test_the_second_time_it_is_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = find("cpu")
+    monkeypatch.setattr(calibrate, "measure", lambda: pytest.fail("measured again"))
+    assert find("CPU") == first
+    assert first.curves == find("cpu").curves
+    assert first.name == "cpu"
+    assert first.flops["float32"] == max(r for plane in first.curves.products["float32"][1] for line in plane for r in line)
+    (kept,) = (tmp_path / "trainwright").iterdir()
+    assert json.loads(kept.read_text())["overhead"] == first.curves.overhead
+
+
+def test_another_number_of_threads_is_measured_anew(monkeypatch, tmp_path, measured):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(calibrate, "measure", lambda: calls.append(1) or measured)
+    for threads in (1, 3, 1):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert calibrate.cpu().units == threads
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("spoiled", ["", "{}", '{"products": 1, "rates": {}, "overhead": 1}', "[1]", '{"overhead": null}'])
+def test_a_spoiled_cache_is_measured_again(monkeypatch, tmp_path, measured, spoiled):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrate, "measure", lambda: measured)
+    file = calibrate._file()
+    file.parent.mkdir()
+    file.write_text(spoiled)
+    assert calibrate.cpu().curves == measured
+    assert calibrate._read(file) == measured
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, measured):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(calibrate, "measure", lambda: measured)
+    assert calibrate.cpu().curves == measured
+
+
+def test_a_measured_size_is_predicted_as_measured(monkeypatch, tmp_path, measured):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrate, "measure", lambda: measured)
+    flops = 2 * 64 * 64 * 16
+    one = Work("aten.mm", "product", "bfloat16", flops, 1, (1, 64, 64, 16), "forward", 5)
+    found = estimate([one], [], calibrate.cpu())
+    rate = measured.products["bfloat16"][1][1][1][0]
+    assert found.seconds == pytest.approx(5 * (flops / rate + measured.overhead))

@@ -1,0 +1,66 @@
+"""The verb that tells the price before the run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trainwright.cli.base import AsJson, Job, Overrides, RecipeFile, Result, app, load_recipe
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="such as h100, a100-40gb, rtx4090, mi300x, m3max; by default this machine"),
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="devices; by default what the section parallel needs")] = None,
+    budget: Annotated[str | None, typer.Option(metavar="SIZE", help="memory of one device, such as 24GiB")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="try techniques in all combinations; print those that no other beats, and draw them")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="with --sweep: the folder of plan.html, .png and .json")] = Path("runs/plan"),
+    as_json: AsJson = False,
+) -> Job:
+    """What a recipe's step takes: memory, time, work and messages, by its real program on tensors without values.
+
+    Nothing is trained. The exit code is 1 where it doesn't fit into the device's memory, or the budget.
+    """
+
+    def work() -> Result:
+        settings = load_recipe(recipe, overrides)
+        room = _room(budget)
+        from trainwright.plan import command
+
+        options = command.Options(device, count, room)
+        if sweep:
+            from trainwright.plan import sweep as sweeping
+
+            return sweeping.sweep(settings, options, out, lambda text: print(text, file=sys.stderr, flush=True)).as_json()
+        planned = command.plan(settings, options)
+        shown.append(planned)
+        return planned.as_json()
+
+    def show(result: Result) -> None:
+        from trainwright.plan import show
+
+        for planned in shown:
+            show.show_planned(planned)
+
+    shown: list[Any] = []
+    return Job(work, as_json, show, lambda result: 0 if result["fits"] else 1)
+
+
+def _room(budget: str | None) -> int | None:
+    from trainwright.recipe import InputError
+    from trainwright.recipe.sizes import bytes_of
+
+    try:
+        return None if budget is None else bytes_of(budget)
+    except ValueError as error:
+        raise InputError(f"--budget: {error}") from None

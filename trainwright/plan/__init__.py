@@ -1,0 +1,1 @@
+"""What a run will take and how long, before it starts."""

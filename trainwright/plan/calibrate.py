@@ -1,0 +1,267 @@
+"""How fast this machine's CPU is: some seconds of measuring, kept in the user's cache for the next time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from trainwright.plan.devices import Curves, Device
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of what is measured
+SIZES = {"float32": [16, 128, 512, 1536], "bfloat16": [16, 128, 512, 1536], "float16": [32, 256]}
+BYTES = [2**16, 2**20, 2**23, 2**26]  # in the inner caches, the outer ones, and out of them
+LENGTHS = [128, 512, 1536]
+CONVOLUTIONS = ((512, 2), (512, 4), (256, 8), (64, 32), (128, 32))  # channels and pixels along a side
+HEADS, HEAD_SIZE = 8, 64
+CHAIN = 50
+PATIENCE = 0.02  # seconds for one size
+COLD = 2**24  # bytes of a product's operands that are gone through in turn
+COLDER = 2**26  # the same of elementwise work, which waits for memory
+# gloo over loopback, for want of a measurement with several processes.
+LOOPBACK, LOOPBACK_LATENCY = 1.5e9, 60e-6
+
+
+def cpu() -> Device:
+    """This machine's CPU with the threads that torch has now: from the cache, or measured in about five seconds."""
+    curves = _read(_file()) or _keep(_file(), measure())
+    best = {
+        dtype: max(rate for plane in rates for line in plane for rate in line) for dtype, (_, rates) in curves.products.items()
+    }
+    return Device(
+        "cpu", (), psutil.virtual_memory().total, best, max(curves.rates["elementwise.float32"][1]), torch.get_num_threads(),
+        os.cpu_count() or 1, LOOPBACK, LOOPBACK, "measured on this machine", 1.0, curves.overhead, LOOPBACK_LATENCY,
+        LOOPBACK_LATENCY, curves,
+    )  # fmt: skip
+
+
+def measure() -> Curves:
+    """Rates over sizes of products, convolutions, attention and elementwise work, and the overhead of a call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        products = {dtype: (sizes, _products(getattr(torch, dtype), sizes)) for dtype, sizes in SIZES.items()}
+        rates = dict([*_elementwise(), *_pools(), *_convolutions(), *_attention(), *_packed()])
+        return Curves(products, rates, _overhead())
+
+
+def _seconds(call: Callable[[int], object], most: int = 40) -> float:
+    """The lower quartile of some calls after one to warm up; ``call`` gets their numbers.
+
+    Others' work only ever adds time, and with several threads a call may wait a whole time slice for one of them.
+    """
+    least = 3 if _timed(call, 0) < PATIENCE else 1
+    found: list[float] = []
+    ends = time.perf_counter() + PATIENCE
+    while len(found) < most and (len(found) < least or time.perf_counter() < ends):
+        found.append(_timed(call, len(found) + 1))
+    return sorted(found)[len(found) // 4]
+
+
+def _timed(call: Callable[[int], object], turn: int) -> float:
+    started = time.perf_counter()
+    call(turn)
+    return time.perf_counter() - started
+
+
+def _copies(shape: tuple[int, ...], dtype: torch.dtype, bytes_of_all: int, cold: int) -> list[Tensor]:
+    """Several tensors to take in turn: what a step works on was last touched long ago, and isn't in the innermost cache."""
+    return [torch.full(shape, 0.5, dtype=dtype) for _ in range(max(1, min(64, cold // bytes_of_all)))]
+
+
+def _products(dtype: torch.dtype, sizes: list[int]) -> list[list[list[float]]]:
+    return [[[_product(dtype, m, n, k) for k in sizes] for n in sizes] for m in sizes]
+
+
+def _product(dtype: torch.dtype, m: int, n: int, k: int) -> float:
+    """FLOP/s of (m, k) with (k, n), the mean over the layouts of a linear layer's three products.
+
+    Forward: the right one is a transposed weight; gradient of the input: neither is; of the weight: the left one is.
+    """
+    size = dtype.itemsize * (m * k + n * k + m * n)
+    left, right = _copies((m, k), dtype, size, COLD), _copies((k, n), dtype, size, COLD)
+    out = torch.empty(m, n, dtype=dtype)
+
+    def three(turn: int) -> None:
+        one, two = left[turn % len(left)], right[turn % len(right)]
+        torch.mm(one, two.view(n, k).t(), out=out)
+        torch.mm(one, two, out=out)
+        torch.mm(one.view(k, m).t(), two, out=out)
+
+    return 3 * 2 * m * n * k / _seconds(three)
+
+
+def _elementwise() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+    """Bytes a second: of sums (2 read, 1 written), of an exponential (1, 1), of a change of dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        other = torch.bfloat16 if dtype is torch.float32 else torch.float32
+        kinds = {"elementwise": (3, dtype), "dear": (2, dtype), "copy": (2, other)}
+        for kind, (tensors, to) in kinds.items():
+            moved = (tensors - 1) * dtype.itemsize + to.itemsize
+            rates = [_bandwidth(kind, dtype, to, max(1, size // moved), moved) for size in BYTES]
+            yield f"{kind}.{str(dtype).removeprefix('torch.')}", (list(map(float, BYTES)), rates)
+
+
+def _bandwidth(kind: str, dtype: torch.dtype, to: torch.dtype, count: int, moved: int) -> float:
+    ones, outs = (_copies((count,), one, count * moved, COLDER) for one in (dtype, to))
+
+    def call(turn: int) -> None:
+        one, other, out = ones[turn % len(ones)], ones[(turn + 1) % len(ones)], outs[turn % len(outs)]
+        if kind == "elementwise":
+            torch.add(one, other, out=out)
+        elif kind == "dear":
+            torch.sigmoid(one, out=out)
+        else:
+            out.copy_(one)
+
+    return count * moved / _seconds(call)
+
+
+def _pools() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+    """Bytes a second of taking the largest of 2 x 2, with its place, by the bytes of a call."""
+    for dtype in (torch.float32, torch.bfloat16):
+        images = [torch.rand(8, channels, 32, 32).to(dtype) for channels in (16, 128)]
+        moved = [image.numel() * (dtype.itemsize + (dtype.itemsize + 8) / 4) for image in images]
+        calls = [functools.partial(torch.nn.functional.max_pool2d, image, 2, return_indices=True) for image in images]
+        rates = [size / _seconds(lambda _, call=call: call()) for size, call in zip(moved, calls, strict=True)]  # type: ignore[misc]
+        yield f"pool.{str(dtype).removeprefix('torch.')}", (moved, rates)
+
+
+def _convolutions() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+    """3 x 3, channels x channels, forward and backward, in FLOP/s over the FLOP for each byte of a call."""
+    for dtype in (torch.float32, torch.bfloat16):
+        points: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
+        for channels, side in CONVOLUTIONS:
+            image = torch.randn(8, channels, side, side).to(dtype).requires_grad_()
+            weight = torch.randn(channels, channels, 3, 3).to(dtype).requires_grad_()
+            flops = 2.0 * 8 * channels**2 * 9 * side**2
+            moved = dtype.itemsize * (2 * image.numel() + weight.numel())
+            forward, backward = _both(functools.partial(torch.conv2d, image, weight, padding=1), (image, weight))
+            points["forward"].append((flops / moved, flops / forward))
+            points["backward"].append(
+                (2 * flops / (moved + dtype.itemsize * (image.numel() + weight.numel())), 2 * flops / backward)
+            )
+        yield from _named("convolution", dtype, points)
+
+
+def _attention() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+    """PyTorch's causal attention; 4 FLOP forward and 10 backward a head, dimension and pair that is attended to."""
+    for dtype in (torch.float32, torch.bfloat16):
+        points: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
+        for length in LENGTHS:
+            shape = (1, HEADS, length, HEAD_SIZE)
+            q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
+            call = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
+            _add(points, length, *_both(call, (q, k, v)))
+        yield from _named("attention", dtype, points)
+
+
+def _packed() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+    """The same by ``trainwright.packed_attention``, where something has loaded it."""
+    if not hasattr(torch.ops.trainwright, "packed_attention"):
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        points: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
+        for length in LENGTHS:
+            q = torch.randn(1, HEADS // 2, length, 2, HEAD_SIZE).to(dtype).requires_grad_()
+            k, v = (torch.randn(1, HEADS // 2, length, HEAD_SIZE).to(dtype).requires_grad_() for _ in range(2))
+            documents = torch.tensor([0, length], dtype=torch.int32)
+            try:
+                call = functools.partial(_packed_call, q, k, v, documents)
+                _add(points, length, *_both(call, (q, k, v)))
+            except RuntimeError as error:  # there is no compiler to build it with
+                logger.info("packed attention isn't measured: %s", error)
+                return
+        yield from _named("packed", dtype, points)
+
+
+def _packed_call(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+    return torch.ops.trainwright.packed_attention(q, k, v, documents)[0]
+
+
+def _add(points: dict[str, list[tuple[float, float]]], length: int, forward: float, backward: float) -> None:
+    pairs = HEADS * HEAD_SIZE * length * (length + 1) / 2
+    points["forward"].append((4 * pairs, 4 * pairs / forward))
+    points["backward"].append((10 * pairs, 10 * pairs / backward))
+
+
+def _both(call: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Seconds forward and backward."""
+    out = call()
+    grad = torch.ones_like(out)
+    forward = _seconds(lambda _: call())
+    return forward, _seconds(lambda _: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+
+
+def _named(
+    kind: str, dtype: torch.dtype, points: dict[str, list[tuple[float, float]]]
+) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+    name = str(dtype).removeprefix("torch.")
+    for phase, found in points.items():
+        yield f"{kind}.{phase}.{name}", ([size for size, _ in sorted(found)], [rate for _, rate in sorted(found)])
+
+
+def _overhead() -> float:
+    """Seconds that an operator costs whatever its size: the mean over a chain of tiny layers, forward and backward."""
+    one = torch.ones(1, 1)
+    chain = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(CHAIN)))
+    # A layer is five operators: a product forward, two and a sum backward, and the gradient's way into ``grad``.
+    return _seconds(lambda _: chain(one).backward()) / (5 * CHAIN)
+
+
+# --- the cache ----------------------------------------------------------------
+
+
+def _file() -> Path:
+    """In the user's cache, named by everything that the rates depend on."""
+    packed = hasattr(torch.ops.trainwright, "packed_attention")
+    key = repr((VERSION, _model(), os.cpu_count(), torch.__version__, torch.get_num_threads(), packed))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainwright"
+    return folder / f"cpu_speed-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _model() -> str:
+    """Of the CPU, with what it can compute."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return " ".join(next((line for line in lines if line.startswith(word)), "") for word in ("model name", "flags", "Features"))
+
+
+def _read(file: Path) -> Curves | None:
+    """None where nothing has been kept, or it isn't whole."""
+    try:
+        kept = json.loads(file.read_text())
+        pairs = [{name: (one, two) for name, (one, two) in kept[part].items()} for part in ("products", "rates")]
+        return Curves(pairs[0], pairs[1], float(kept["overhead"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _keep(file: Path, curves: Curves) -> Curves:
+    """Atomically; a cache that can't be written isn't needed."""
+    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(curves)))
+        os.replace(temporary, file)
+    except OSError as error:
+        logger.info("the speed of this CPU isn't kept: %s", error)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return curves
