@@ -24,6 +24,9 @@ def plan(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="try techniques in all combinations; print those that no other beats, and draw them")
     ] = False,
+    choose: Annotated[
+        bool, typer.Option("--choose", help="with --budget: the fastest keys that fit, of those that compute the same")
+    ] = False,
     out: Annotated[Path, typer.Option(help="with --sweep: the folder of plan.html, .png and .json")] = Path("runs/plan"),
     as_json: AsJson = False,
 ) -> Job:
@@ -36,24 +39,42 @@ def plan(
         settings = load_recipe(recipe, overrides)
         room = _room(budget)
         from trainwright.plan import command
+        from trainwright.recipe import InputError
 
         options = command.Options(device, count, room)
-        if sweep:
-            from trainwright.plan import sweep as sweeping
+        if choose:
+            if room is None:
+                raise InputError("--choose needs --budget SIZE, such as --budget 3GiB")
+            from trainwright.plan.budget import choose as chosen_of
 
-            return sweeping.sweep(settings, options, out, lambda text: print(text, file=sys.stderr, flush=True)).as_json()
+            return chosen_of(settings, room, options, _tell).as_json()
+        if sweep:
+            from trainwright.plan.sweep import sweep as try_all
+
+            return try_all(settings, options, out, _tell).as_json()
         planned = command.plan(settings, options)
         shown.append(planned)
         return planned.as_json()
 
     def show(result: Result) -> None:
         from trainwright.plan import show
+        from trainwright.plan.pareto import Choice
 
         for planned in shown:
             show.show_planned(planned)
+        if choose:
+            print(result["reason"], *(f"  {key}={value}" for key, value in result["keys"].items()), sep="\n")
+        if sweep and not choose:
+            front = [Choice(**one) for one in result["front"]]
+            show.show_front(front, result["tried"], result["unit"], result["budget"])
+            print(*result["files"], sep="\n")
 
     shown: list[Any] = []
     return Job(work, as_json, show, lambda result: 0 if result["fits"] else 1)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _room(budget: str | None) -> int | None:

@@ -26,6 +26,9 @@ def train(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="with --nproc: how often to go on from the last checkpoint after a failure")
     ] = 0,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="stay within so much memory, such as 3GiB; sets memory.budget")
+    ] = None,
     as_json: AsJson = False,
 ) -> Job:
     """Train what a recipe says, into its run folder. Under torchrun or accelerate launch, join their processes."""
@@ -33,7 +36,7 @@ def train(
     from trainwright import launch
 
     def work() -> Result | int:
-        settings = load_recipe(recipe, overrides)
+        settings = load_recipe(recipe, [*(overrides or []), *([f"memory.budget={budget}"] if budget else [])])
         from trainwright.recipe import InputError
 
         if launch.joined():

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from trainwright.recipe import InputError
 
 GIB = 2**30
-Identity = tuple[int, tuple[int, ...], tuple[int, ...]]
+Identity = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 class Place(Protocol):
@@ -101,7 +101,7 @@ def worth(value: object) -> bool:
 
 
 def _identity(tensor: Any) -> Identity:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def store_for(device: torch.device, folder: str | None, values: bool = True) -> Store:

@@ -54,7 +54,8 @@ def apply(model: nn.Module, precision: Precision) -> Change:
     if precision == "fp32":
         return Change("precision", "everything in float32")
     if precision == "fp64":
-        model.double()
+        for module in model.modules():
+            _store(module, torch.float64)
         return Change("precision", "everything in float64")
     if precision == "pure_bf16":
         return _all_in_bfloat16(model)
@@ -77,14 +78,17 @@ def _all_in_bfloat16(model: nn.Module) -> Change:
     stays = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     for module in model.modules():
         if module not in stays:
-            module._apply(_narrowed, recurse=False)
+            _store(module, torch.bfloat16)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16)
     kept = f"; {len(stays)} norms over batches in float32" if stays else ""
     return Change("precision", f"everything in bfloat16, also {trained:,} parameters that learn, without masters{kept}")
 
 
-def _narrowed(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+def _store(module: nn.Module, dtype: torch.dtype) -> None:
+    """Its own floating-point numbers; not by ``Module.to``, which would exchange tensors that have no values."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
@@ -121,5 +125,5 @@ def with_kernels(device: torch.device) -> Iterator[None]:
 def of_inputs(precision: Precision) -> Callable[[Tensor], Tensor]:
     """What gives float32 inputs the dtype that the model takes; under autocast it takes them as they are."""
     if precision == "pure_bf16":
-        return _narrowed
+        return lambda inputs: inputs.to(torch.bfloat16) if inputs.is_floating_point() else inputs
     return Tensor.double if precision == "fp64" else lambda inputs: inputs

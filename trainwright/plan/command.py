@@ -12,7 +12,9 @@ import torch
 from trainwright import build, language
 from trainwright.parallel.mesh import axis_sizes
 from trainwright.plan import devices, idle
+from trainwright.plan.compiling import Compiler
 from trainwright.plan.devices import Device
+from trainwright.plan.once import prepared_once
 from trainwright.plan.rehearsal import Rehearsed, rehearse
 from trainwright.plan.report import Memory, Plan
 from trainwright.plan.timing import Timing, estimate, idle_share
@@ -24,6 +26,8 @@ ELSEWHERE = (
     "memory is that of the CPU's code paths: FSDP2 on an accelerator gathers one more block ahead, and kernels have workspaces"
 )
 BY_DEEPSPEED = "parallel.engine: deepspeed isn't rehearsed; these are the figures of torch's at the same ZeRO stage"
+
+APART = "blocks that tensor ranks share are rehearsed uncompiled: a compiler joins more, so a run takes less memory than this"
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,9 @@ def settled(recipe: Recipe, device: Device, count: int) -> tuple[Recipe, list[st
     if recipe.parallel.engine == "deepspeed":
         keys["parallel.engine"] = "torch"
         notes.append(BY_DEEPSPEED)
+    if recipe.parallel.tensor > 1 and recipe.run.compile != "off":
+        keys["run.compile"] = "off"
+        notes.append(APART)
     if device.curves is None:
         notes.append(ELSEWHERE)
         keys |= _chosen_elsewhere(recipe, device, keys["parallel.data"])
@@ -147,12 +154,16 @@ def _chosen_elsewhere(recipe: Recipe, device: Device, copies: int) -> dict[str, 
     return keys
 
 
-def rehearse_stages(recipe: Recipe, count: int, splits: Any = None) -> list[Rehearsed]:
+def rehearse_stages(recipe: Recipe, count: int, splits: Any = None, compiler: Compiler | None = None) -> list[Rehearsed]:
     """Of each kind of process: the first, the second and the last of a pipeline hold the most, each of its own."""
     stages, data, tensor = axis_sizes(recipe.parallel, count)
     hops: dict[int, Any] = {}
     looked_at = sorted({0, min(1, stages - 1), stages - 1})
-    return [rehearse(recipe, count, stage * data * tensor, splits=splits, hops=hops) for stage in looked_at]
+    shared = compiler or Compiler()
+    with prepared_once():
+        return [
+            rehearse(recipe, count, stage * data * tensor, splits=splits, hops=hops, compiler=shared) for stage in looked_at
+        ]
 
 
 def _timing(one: Rehearsed, recipe: Recipe, device: Device, count: int) -> Timing:

@@ -8,12 +8,12 @@ other kernels write memory; elementwise work and reductions join until a kernel,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -33,16 +33,20 @@ HEAVY = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "convolu
 
 
 class Compiler:
-    """Stands in for ``torch.compile``.
+    """Stands in for ``torch.compile``; several rehearsals may share what it has traced.
 
-    Args:
-        pause: a context in which operators aren't watched.
-        fused: told of what joined work reads, and what it writes.
+    pause  a context in which operators aren't watched
+    fused  told of what joined work reads, and what it writes
     """
 
-    def __init__(self, pause: Pause, fused: Fused) -> None:
-        self._pause, self._fused = pause, fused
+    def __init__(self) -> None:
+        self.pause: Pause = nullcontext
+        self.fused: Fused = lambda reads, result: None
         self._functions: dict[Any, Callable[..., Any]] = {}
+
+    def attach(self, pause: Pause, fused: Fused) -> None:
+        """From now on another rehearsal is served."""
+        self.pause, self.fused = pause, fused
 
     def compile(self, forward: Any) -> Any:
         """A function, or the forward of a block, as it would be compiled; what recomputes a block stays around it."""
@@ -81,16 +85,21 @@ class Compiler:
             partition_fn=_partition,
             decompositions=select_decomp_table(),
         )
-        with self._pause():  # new ones: the graphs remember what they were traced with
+        with self.pause():  # new ones: the graphs remember what they were traced with
             like = tree_map_only(Tensor, _like, (values, tensors))
         # The trace itself isn't part of the run, nor anything that waits for a backward.
         with _disable_current_modes(), saved_tensors_hooks(lambda x: x, lambda x: x):
             function(*like)
         return function
 
-    def _lay_out(self, module: fx.GraphModule, example: Any) -> Any:
-        kernels = _Kernels(module.graph, self._pause, self._fused)
-        return make_boxed_func(kernels.run)
+    def _lay_out(self, gm: fx.GraphModule, example_inputs: Any) -> Any:
+        run = _Kernels(gm, self).run
+
+        def boxed(values: list[Any]) -> Any:
+            return run(values)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
 
 
 def _like(x: Tensor) -> Tensor:
@@ -124,8 +133,8 @@ def _key(block: nn.Module, values: list[Tensor], tensors: list[Tensor], others: 
 class _Kernels:
     """A graph in the order of its kernels, with what each reads."""
 
-    def __init__(self, graph: fx.Graph, pause: Pause, fused: Fused) -> None:
-        self._nodes, self._pause, self._fused = list(graph.nodes), pause, fused
+    def __init__(self, module: fx.GraphModule, compiler: Compiler) -> None:
+        self._module, self._nodes, self._compiler = module, list(module.graph.nodes), compiler
         self._written = self._choose()
         self._sources = self._read()
         self._last = self._lives()
@@ -171,19 +180,19 @@ class _Kernels:
             ends.setdefault(node, []).append(one)
         return ends
 
-    def run(self, *inputs: Any) -> Any:
+    def run(self, inputs: list[Any]) -> Any:
         """The graph's outputs."""
         values: dict[fx.Node, Any] = {}
-        given = iter(inputs)
+        places = [node for node in self._nodes if node.op == "placeholder"]
+        values |= dict(zip(places, inputs, strict=True))
+        inputs.clear()  # the caller's references end here
         result = None
         for node in self._nodes:
-            if node.op == "placeholder":
-                values[node] = next(given)
-            elif node.op == "output":
+            if node.op == "output":
                 result = fx.node.map_arg(node.args[0], values.__getitem__)
             elif node.op == "get_attr":
-                raise AssertionError("a constant of a traced block")
-            else:
+                values[node] = getattr(self._module, str(node.target))
+            elif node.op != "placeholder":
                 values[node] = self._value(node, values)
             for one in self._last.get(node, ()):
                 if one is not node or node.op != "output":
@@ -196,13 +205,13 @@ class _Kernels:
         target: Any = node.target
         if _is_heavy(node):
             return target(*args, **kwargs)
-        with self._pause():
+        with self._compiler.pause():
             result = target(*args, **kwargs)
         if node in self._written and not _is_view(node):
             reads = [values[one] for one in self._sources[node] if isinstance(values.get(one), Tensor)]
             for one in tree_leaves(result):
                 if isinstance(one, Tensor):
-                    self._fused(reads, one)
+                    self._compiler.fused(reads, one)
         return result
 
 

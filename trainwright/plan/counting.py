@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import GroupName
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -136,7 +137,7 @@ def _group(args: Any) -> dist.ProcessGroup | None:
                 continue
         if isinstance(value, str):
             try:
-                return c10d._resolve_process_group(c10d.GroupName(value))
+                return _resolve_process_group(GroupName(value))
             except (RuntimeError, ValueError):
                 continue
     return None

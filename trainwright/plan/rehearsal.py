@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -79,6 +80,9 @@ class Watching(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its local operators are seen
         kwargs = kwargs or {}
+        if not types and any(isinstance(x, Tensor) for x in tree_leaves(args)):
+            with _disable_current_modes():
+                return func(*args, **kwargs)  # data, which are real
         if func is aten._local_scalar_dense.default:
             return self._value(args[0])
         if func is aten.equal.default:
@@ -157,14 +161,37 @@ def processes(count: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def converting() -> Iterator[None]:
+    """While modules change the dtype of fake parameters: torch would swap them, which those that are looked up can't be."""
+
+    plain = torch.utils.swap_tensors
+
+    def set_data(tensor: Tensor, other: Tensor) -> None:
+        if isinstance(tensor, FakeTensor) and isinstance(other, FakeTensor) and tensor.device == other.device:
+            tensor.data = other.data
+        else:
+            plain(tensor, other)
+
+    with mock.patch.object(torch.utils, "swap_tensors", set_data):
+        yield
+
+
 def rehearse(
-    recipe: Recipe, count: int = 1, rank: int = 0, *, splits: Any = None, hops: dict[int, Hidden] | None = None
+    recipe: Recipe,
+    count: int = 1,
+    rank: int = 0,
+    *,
+    splits: Any = None,
+    hops: dict[int, Hidden] | None = None,
+    compiler: Compiler | None = None,
 ) -> Rehearsed:
     """Build a recipe's program as process ``rank`` of ``count`` sees it, and take two steps.
 
     Args:
         splits: documents already tokenised.
         hops: what the pipeline's earlier processes, rehearsed before, send; gets what this one sends.
+        compiler: with what it has traced for other rehearsals.
 
     Raises:
         InputError: as ``build.assemble``; or an operator that has no fake form.
@@ -174,10 +201,12 @@ def rehearse(
     ledger = Ledger(device, moments.now)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     watching = Watching(fake, ledger, counts, moments)
-    compiler = Compiler(watching.pausing, watching.fused)
+    compiler = compiler or Compiler()
+    compiler.attach(watching.pausing, watching.fused)
     with ExitStack() as stack:
         stack.enter_context(processes(count, rank))
         stack.enter_context(ledger.resizing())
+        stack.enter_context(converting())
         stack.enter_context(told({} if hops is None else hops))
         stack.enter_context(fake)
         stack.enter_context(watching)
@@ -290,7 +319,7 @@ def _parts(peak: Peak, known: dict[str, set[int]], ledger: Ledger) -> dict[str, 
     ended = {event.storage: event.moment[0] for event in ledger.events[peak.index + 1 :] if event.change < 0}
     parts = dict.fromkeys(PARTS, 0)
     for storage, size in peak.live.items():
-        kept = born.get(storage) == "forward" and ended.get(storage) == "backward"
-        name = next((part for part in known if storage in known[part]), "activations" if kept else "temporary")
-        parts[name] += size
+        kept = born.get(storage) == "forward" and ended.get(storage) == "backward"  # even if it came in a message
+        sure = [part for part in known if storage in known[part] and not (kept and part == "communication buffers")]
+        parts[sure[0] if sure else "activations" if kept else "temporary"] += size
     return parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -13,6 +14,9 @@ from rich.text import Text
 from trainwright.plan.pareto import Choice
 from trainwright.plan.report import PARTS, Memory, Plan
 from trainwright.plan.timing import Timing
+
+if TYPE_CHECKING:
+    from trainwright.plan.command import Planned
 
 WIDTH = 140  # where nobody looks
 BARS = 40  # characters of the longest bar
@@ -33,7 +37,7 @@ def show(plan: Plan, budget: int | None = None, console: Console | None = None) 
     _say(out, "note", plan.notes)
 
 
-def show_planned(planned: Any, console: Console | None = None) -> None:
+def show_planned(planned: Planned, console: Console | None = None) -> None:
     """Print a ``command.Planned``: what it is of, its plan, and whether it fits."""
     out = console or _console()
     many = f"{planned.count} x " if planned.count > 1 else ""

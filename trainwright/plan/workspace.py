@@ -1,7 +1,8 @@
 """Memory that operators take on a CPU beside their results, while they run: oneDNN's reordered and padded copies.
 
 oneDNN packs the weights of a convolution, and in the backward makes their gradient in its own layout before it is copied out;
-images that aren't channels last it reorders as well. In bfloat16 sums are kept in float32 with channels padded to 16.
+images that aren't channels last it reorders as well. In bfloat16 sums are kept in float32 with channels padded to 16. The
+backward of pooling copies where its gradient and its images are laid out differently (ATen/native/cpu/MaxPoolKernel.cpp).
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from torch import Tensor
 
 aten = torch.ops.aten
 PADDED = 16  # channels
+POOLS = (
+    aten.max_pool2d_with_indices_backward, aten.avg_pool2d_backward, aten._adaptive_avg_pool2d_backward,
+    aten.adaptive_max_pool2d_backward,
+)  # fmt: skip
 
 
 def workspace(operator: Any, args: Any, result: Any) -> int:
@@ -25,8 +30,11 @@ def workspace(operator: Any, args: Any, result: Any) -> int:
         grad, x, weight = args[:3]
         packed = 2 * _bytes(weight) if weight.dtype == torch.float32 else _summed(weight)
         return max(packed, 0 if _last(x) else _bytes(x) + _bytes(grad))
+    if operator.overloadpacket in POOLS and _last(args[0]) != _last(args[1]):
+        indices = sum(_bytes(x) for x in args[2:] if isinstance(x, Tensor))
+        return _bytes(result) + indices
     if operator is aten.mkldnn_rnn_layer_backward.default:
-        return 4 * _bytes(args[2])
+        return _recurrent(*args[:5], args[7], args[10])
     return 0
 
 
@@ -42,3 +50,12 @@ def _summed(weight: Tensor) -> int:
     """Float32 sums of a weight's gradient, with one bfloat16 copy."""
     outputs, inputs = weight.shape[:2]
     return 6 * outputs * -(-inputs // PADDED) * PADDED * (weight.numel() // max(1, outputs * inputs))
+
+
+def _recurrent(x: Tensor, w: Tensor, u: Tensor, b: Tensor, c: Tensor, out: Tensor, grad: Tensor | None) -> int:
+    """oneDNN's backward of an LSTM layer keeps the four gates' gradients of all steps; in bfloat16 float32 copies instead."""
+    packed = 2 * (_bytes(w) + _bytes(u) + _bytes(b) + _bytes(c))
+    if x.dtype != torch.float32:
+        return _bytes(x) + 2 * _bytes(out) + 2 * packed
+    whole = grad is not None and grad.is_contiguous()  # else it is made so, of zeros where only the last step has one
+    return 4 * _bytes(out) + packed + (0 if whole else _bytes(out))

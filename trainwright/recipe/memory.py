@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainwright.recipe.base import Positive, Section
+from trainwright.recipe.sizes import bytes_of
 
 
 class Memory(Section):
@@ -39,6 +40,19 @@ class Memory(Section):
         description="where files are while it runs, of checkpointing: offload on a CPU, and of optimizer_offload: disk; "
         "null: the system's folder for temporary files",
     )
+
+    budget: str | int | None = Field(
+        None,
+        description="such as 3GiB: what one device may hold; on a CPU what the process may grow by. The fastest of what "
+        "computes the same and fits is chosen: checkpointing, micro-batch, offload, streaming",
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _a_size(cls, given: str | int | None) -> str | int | None:
+        if given is not None:
+            bytes_of(given)
+        return given
 
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> Memory:

@@ -1,0 +1,121 @@
+"""The fastest way to run a recipe within so much memory, of those that compute the same."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trainwright import build, language
+from trainwright.parallel.mesh import axis_sizes
+from trainwright.plan import command
+from trainwright.plan.once import prepared_once
+from trainwright.plan.show import size
+from trainwright.plan.sweep import Pricing, words
+from trainwright.recipe import InputError, Lora, Recipe, TextData
+
+Keys = dict[str, Any]
+MIB = 2**20
+# Of what a process holds beside live tensors: the allocator's gaps, and what a compiler leaves behind.
+GAPS, COMPILER = 1.08, 130 * MIB
+MOST = 60  # combinations
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Keys to set, what a run of them takes, and why; ``fits`` is false where even the least is too much."""
+
+    keys: Keys
+    bytes: int
+    units_per_second: float
+    unit: str
+    budget: int
+    fits: bool
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return vars(self)
+
+
+def choose(recipe: Recipe, budget: int, options: command.Options, say: Callable[[str], None] = lambda text: None) -> Chosen:
+    """Try what keeps the numbers as they are: recomputation, smaller micro-batches, offload, streaming.
+
+    Args:
+        budget: bytes of one device; on a CPU what the process may grow by after its imports.
+
+    Raises:
+        InputError: the recipe itself is refused.
+    """
+    device = command.find_device(options.device)
+    count = options.count or command.least(recipe)
+    found: list[tuple[float, float, Keys]] = []
+    with prepared_once():
+        pricing = Pricing(recipe, device, count, budget)
+        tries = list(itertools.islice(_combinations(recipe, count), MOST))
+        for number, keys in enumerate(tries, 1):
+            say(f"{number} of {len(tries)}: {words(keys)}") if number % 10 == 1 else None
+            try:
+                price = pricing.priced(keys)
+            except InputError:
+                if not keys:
+                    raise
+                continue
+            offloaded = [(more, other) for more, other in pricing.states(keys, price) if "memory.optimizer_offload" in more]
+            for more, one in [({}, price), *offloaded]:
+                needs = _resident(one.bytes, recipe, device.curves is not None)
+                found.append((needs, one.units / one.seconds, {**keys, **more}))
+    fitting = [one for one in found if one[0] <= budget]
+    least = min(found, key=lambda one: one[0])
+    best = max(fitting, key=lambda one: (round(one[1], 1), -len(one[2]))) if fitting else least
+    needs, rate, keys = best
+    told = f"{words(keys)}: {size(round(needs))}, {rate:,.4g} {pricing.unit}/s"
+    others = f"the fastest of {len(fitting)} of {len(found)} combinations that fit into {size(budget)}"
+    reason = f"{told}; {others}" if fitting else f"the least possible is {size(round(needs))} ({words(keys)})"
+    return Chosen(keys, round(needs), rate, pricing.unit, budget, bool(fitting), reason)
+
+
+def _resident(live: float, recipe: Recipe, on_cpu: bool) -> float:
+    """What a process grows by where so many bytes of tensors are live."""
+    if not on_cpu:
+        return live
+    compiled = recipe.run.compile != "off" and isinstance(recipe.data, TextData)
+    return GAPS * live + (COMPILER if compiled else 0)
+
+
+def _combinations(recipe: Recipe, count: int) -> Iterator[Keys]:
+    """The recipe as it is first; where optimizer states are doesn't matter to a rehearsal."""
+    memory = recipe.memory
+    modes = ["none", "selective", "full", "offload"] if memory.checkpointing == "none" else [memory.checkpointing]
+    frozen = ["resident", "stream"] if _streams(recipe) else [memory.frozen]
+    for held, mode, rows in itertools.product(frozen, modes, _rows(recipe, count)):
+        wanted = {
+            "memory.frozen": held,
+            "memory.checkpointing": mode,
+            "training.micro_batch_size": rows,
+        }
+        yield {key: value for key, value in wanted.items() if value != _now(recipe, key)}
+
+
+def _now(recipe: Recipe, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def _streams(recipe: Recipe) -> bool:
+    if not isinstance(recipe.adapt, Lora) or recipe.adapt.base != "plain" or recipe.memory.frozen != "resident":
+        return False
+    source = recipe.model.pretrained or ""
+    return bool(source) and not source.endswith(".gguf") and not source.startswith("smollm2")
+
+
+def _rows(recipe: Recipe, count: int) -> list[int | None]:
+    """The recipe's micro-batch and smaller ones, of a process."""
+    data = axis_sizes(recipe.parallel, count)[1]
+    part = recipe.training.batch_size // data
+    now = recipe.training.micro_batch_size
+    if now is None and isinstance(recipe.data, TextData):
+        now = language.micro_batch_size(recipe, build.choose_device("cpu"), data)
+    smaller = [n for n in (1, 2, 4, 8, 16, 32, 64) if part % n == 0 and n < (now or part)]
+    return [recipe.training.micro_batch_size, *reversed(smaller)]
