@@ -1,11 +1,15 @@
 """What memory techniques save and cost: SmolLM2-135M, LoRA r=16, two rows of 512 tokens; a process for each run, in turn.
 
-    python -m benchmarks.memory [--json] [--cases checkpointing] [--rounds 2] [--steps 6] [--warmup 2]
+    python -m benchmarks.memory [--json] [--cases checkpointing,stream,budgets,accuracy] [--rounds 2] [--steps 6] [--warmup 2]
 
 checkpointing   memory.checkpointing none, full, selective and offload, compiled as a recipe is by default, and Hugging Face's
                 model with PEFT (bf16 weights, SDPA), without and with gradient_checkpointing=True
+stream          a model larger than its memory: see ``memory_stream``
+budgets         LoRA (one row of 512 tokens at a time) and a full fine-tune by settings that take less and less memory; of each
+                the process's peak less what it held after the imports (VmHWM - VmRSS), and tokens/s
+accuracy        the held-out loss of recipes/docstrings.yaml after a few steps, by ways of storing and rounding
 
-Bytes are those of live tensors, as PyTorch's profiler sees each allocation of the CPU, compiled or not:
+Bytes of the first case are those of live tensors, as PyTorch's profiler sees each allocation of the CPU, compiled or not:
   held         what the forward left for the backward of the blocks: live when that begins, less what was live before the step
   activations  the most that is live from then to the end of the backward, less the same
 The theory for full: the inputs of all blocks, and what one block of the run without checkpointing holds.
@@ -30,10 +34,39 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks import memory_stream
+from benchmarks.memory_stream import bytes_of
+
 LENGTH, ROWS, WIDTH, BLOCKS = 512, 2, 576, 30
 MODES = ("none", "full", "selective", "offload")
 PEERS = ("peer none", "peer full")
 INPUTS = BLOCKS * ROWS * LENGTH * WIDTH * 2  # bytes of the residual stream in bf16 before each block
+BUDGETS = {"dense": 450.0, "full": 1536.0}  # MiB on top of the imports
+ONE, CKPT = {"training.micro_batch_size": 1}, {"memory.checkpointing": "full"}
+LORA_4BIT = {"adapt": {"method": "lora", "rank": 16, "alpha": 32, "base": "4bit"}}
+EAGER, STREAM = {"run.compile": "off"}, {"memory.frozen": "stream"}
+DISK, EIGHT = {"memory.optimizer_offload": "disk"}, {"memory.optimizer_states": "8bit"}
+EARLY = {"memory.optimizer_in_backward": True, "training.clip_norm": None}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("dense", {}),
+    "lora, full, 1": ("dense", {**ONE, **CKPT}),
+    "lora, full, 1, stream": ("dense", {**ONE, **CKPT, **STREAM}),
+    "lora, full, stream": ("dense", {**CKPT, **STREAM}),
+    "lora, full, 1, 4bit": ("dense", {**ONE, **CKPT, **LORA_4BIT}),
+    "lora, full, 1, eager": ("dense", {**ONE, **CKPT, **EAGER}),
+    "lora, full, 1, stream, eager": ("dense", {**ONE, **CKPT, **STREAM, **EAGER}),
+    "lora, full, 1, stream, disk": ("dense", {**ONE, **CKPT, **STREAM, **DISK}),
+    "lora, full, 1, stream, 8bit": ("dense", {**ONE, **CKPT, **STREAM, **EIGHT}),
+    "tuned": ("full", {}),
+    "tuned, full, disk": ("full", {**CKPT, **DISK}),
+    "tuned, full, disk, early": ("full", {**CKPT, **DISK, **EARLY}),
+    "tuned, full, disk, early, eager": ("full", {**CKPT, **DISK, **EARLY, **EAGER}),
+}
+ACCURACY: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}, "pure_bf16": {"precision": "pure_bf16"},
+    "8-bit states": {"precision": "bf16", **EIGHT},
+    "4-bit base": {"precision": "bf16", "adapt.base": "4bit"},
+}  # fmt: skip
 BEGIN, MARK = "step begins", "backward of the blocks begins"
 
 
@@ -166,7 +199,84 @@ def checkpointing(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-CASES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"checkpointing": checkpointing}
+def measure(name: str, options: argparse.Namespace) -> None:
+    """Train in this process by one of ``SETTINGS``; its JSON on stdout."""
+    import transformers  # noqa: F401  (what a run imports counts as imports)
+
+    from benchmarks import own_finetune
+    from trainwright import build, loop, supervised  # noqa: F401
+    from trainwright.adapt import lora  # noqa: F401
+    from trainwright.data.text import TextSplits
+    from trainwright.recipe.file import changed
+
+    before = bytes_of("VmRSS")
+    with np.load(options.work / "dense.npz") as file:
+        rows = {"tokens": file["tokens"][: ROWS * (options.steps + 2)]}
+    content = own_finetune.documents(rows)
+    case, keys = SETTINGS[name]
+    recipe = changed(own_finetune.recipe(case, options.steps, str(options.work / "base")), keys)
+    run = build.assemble(recipe, splits=TextSplits(content, None, cached=True))
+    built, results = bytes_of("VmHWM"), list(loop.train(run))
+    seconds = statistics.median(result.seconds for result in results[options.warmup :])
+    print(json.dumps({
+        "peak_mib": (bytes_of("VmHWM") - before) / 2**20, "built_mib": (built - before) / 2**20,
+        "tokens_per_second": results[-1].size / seconds, "losses": [result.loss for result in results],
+    }))  # fmt: skip
+
+
+def budgets(options: argparse.Namespace) -> dict[str, Any]:
+    """All settings, or those that ``--settings`` names, in turn; their speed relative to the first of the same case."""
+    found: dict[str, Any] = {}
+    for name, (case, keys) in SETTINGS.items():
+        if not options.settings or name in options.settings.split(";"):
+            steps = ["--steps", str(options.steps), "--warmup", str(options.warmup), "--work", str(options.work)]
+            result = child(["--measure", name, *steps])
+            plain = found.setdefault(case, {}).setdefault("plain tokens/s", result["tokens_per_second"])
+            result |= {"speed": result["tokens_per_second"] / plain, "fits": result["peak_mib"] <= BUDGETS[case], "keys": keys}
+            found[case][name] = result
+            print(f"{name}: {result['peak_mib']:.0f} MiB ({result['built_mib']:.0f} built), "
+                  f"{result['tokens_per_second']:.0f} tokens/s, {result['speed']:.2f}", file=sys.stderr)  # fmt: skip
+    return found
+
+
+def accuracy(options: argparse.Namespace) -> dict[str, Any]:
+    """The held-out loss of each way, and the seconds of a step."""
+    found = {way: child(["--accuracy", way, "--accuracy-steps", str(options.accuracy_steps)]) for way in ACCURACY}
+    return {way: {**result, "more": result["loss"] - found["bf16"]["loss"]} for way, result in found.items()}
+
+
+def train_docstrings(way: str, options: argparse.Namespace) -> None:
+    """In this process; its JSON on stdout."""
+    from trainwright import build, loop
+    from trainwright.recipe.file import changed, load
+
+    shorter = {
+        "training.steps": options.accuracy_steps, "evaluation.samples": 0, "data.limit": 300, "data.sequence_length": 256
+    }  # fmt: skip
+    run = build.assemble(changed(load(Path("recipes/docstrings.yaml")), {**shorter, **ACCURACY[way]}))
+    before = loop.evaluate(run)["loss"]
+    results = list(loop.train(run))
+    print(json.dumps({"before": before, "loss": loop.evaluate(run)["loss"],
+                      "seconds": statistics.median(result.seconds for result in results)}))  # fmt: skip
+
+
+def child(arguments: list[str]) -> dict[str, Any]:
+    """One process to its end; its JSON."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def stream(options: argparse.Namespace) -> dict[str, Any]:
+    """See ``memory_stream``."""
+    return memory_stream.case()
+
+
+CASES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "checkpointing": checkpointing, "stream": stream, "budgets": budgets, "accuracy": accuracy
+}  # fmt: skip
 
 
 def parse_options() -> argparse.Namespace:
@@ -178,6 +288,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--folder", help="where offloaded tensors go")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "trainwright-bench"))
+    parser.add_argument("--settings", default="", help="of the budgets: names, divided by semicolons; by default all")
+    parser.add_argument("--accuracy-steps", type=int, default=20)
+    parser.add_argument("--measure", choices=list(SETTINGS), help=argparse.SUPPRESS)
+    parser.add_argument("--accuracy", choices=list(ACCURACY), help=argparse.SUPPRESS)
     parser.add_argument("--one", choices=(*MODES, *PEERS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -185,8 +299,11 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     if options.one:
-        one(options.one, options)
-        return
+        return one(options.one, options)
+    if options.measure:
+        return measure(options.measure, options)
+    if options.accuracy:
+        return train_docstrings(options.accuracy, options)
     from benchmarks.finetune import prepare_data
     from benchmarks.peer_finetune import prepare_base
 
@@ -196,9 +313,10 @@ def main() -> None:
     report = {case: CASES[case](options) for case in options.cases.split(",")}
     if options.json:
         print(json.dumps(report, indent=2))
-        return
+        return None
     for case, values in report.items():
         print(case, json.dumps(values, indent=2))
+    return None
 
 
 if __name__ == "__main__":

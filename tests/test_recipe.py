@@ -269,11 +269,11 @@ def test_a_run_folder_is_not_a_recipe(file: Path) -> None:
     [
         (
             {"precision": "bf61"},
-            "precision: found the text 'bf61'; must be 'auto', 'fp32', 'bf16' or 'fp64' (did you mean 'bf16'?)",
+            "precision: found the text 'bf61'; must be 'auto', 'fp32', 'bf16', 'pure_bf16', 'fp16' or 'fp64' (did you mean",
         ),
         (
             {"precision": "BF16"},
-            "precision: found the text 'BF16'; must be 'auto', 'fp32', 'bf16' or 'fp64' (did you mean 'bf16'?)",
+            "precision: found the text 'BF16'; must be 'auto', 'fp32', 'bf16', 'pure_bf16', 'fp16' or 'fp64' (did you mean",
         ),
         ({"training": {"steps": 0}}, "training.steps: found 0; must be a whole number of at least 1 or null"),
         ({"training": {"steps": True}}, "training.steps: found true; must be a whole number of at least 1 or null"),

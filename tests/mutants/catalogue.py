@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.mutants import keeping, models, steps
+from tests.mutants import keeping, memory, models, steps
 from tests.mutants.mutant import Mutant
 
 DP: dict[str, Any] = {"parallel__data": 2}
@@ -20,6 +20,15 @@ SLOW: dict[str, Any] = {"optimizer": {"name": "adamw", "learning_rate": 1e-5, "w
 AVERAGED: dict[str, Any] = {"training__ema": {"decay": 0.9}}
 CHANGED: dict[str, Any] = {"data__augment": {"translate": 0.2}}
 CHECKPOINTED: dict[str, Any] = {"memory__checkpointing": "full"}
+PURE: dict[str, Any] = {"precision": "pure_bf16"}
+FP16: dict[str, Any] = {"precision": "fp16"}
+EIGHT: dict[str, Any] = {"memory__optimizer_states": "8bit"}
+ON_DISK: dict[str, Any] = {"memory__optimizer_offload": "disk"}
+STREAMED: dict[str, Any] = {"memory__frozen": "stream"}
+FOUR: dict[str, Any] = {"adapt": {"method": "lora", "rank": 4, "base": "4bit"}}
+AT_ONCE: dict[str, Any] = {
+    "memory__optimizer_in_backward": True, "training__micro_batch_size": 8, "training__clip_norm": None
+}  # fmt: skip
 DATA, TENSOR, PIPELINE = ("data parallel",), ("tensor parallel",), ("pipeline parallel",)
 ACCUMULATION, ZERO, KERNELS, CHECKPOINTING = ("accumulation",), ("ZeRO",), ("own kernels",), ("checkpointing",)
 
@@ -69,6 +78,21 @@ MUTANTS = (
            CHECKPOINTING, dropout=True),
     Mutant("reentrant checkpointing without gradients", 7, models.reentrant, "partial",
            {**CHECKPOINTED, **DP, "adapt": {"method": "partial", "train": ["*layers.0.mlp*", "*norm*"]}}, CHECKPOINTING),
+    # less memory
+    Mutant("stochastic rounding always rounds down", 11, memory.always_down, "full", PURE, ("low precision",), "stochastic"),
+    Mutant("stochastic rounding to the nearest", 11, memory.to_the_nearest, "full", {**PURE, **SLOW}, ("low precision",),
+           "stochastic"),
+    Mutant("8-bit states with the scale of a neighbour", 11, memory.scale_of_the_neighbour, "full", EIGHT,
+           ("8-bit optimizer states",), "states in 8 bits"),
+    Mutant("a streamed layer reads the previous layer's weights", 21, memory.previous_layer_in_the_backward, "lora", STREAMED,
+           ("streamed weights",), "gradients of step 1"),
+    Mutant("two codes of NF4 exchanged", 11, memory.two_codes_exchanged, "lora", FOUR, ("4-bit base",), "weights before"),
+    Mutant("float16's gradients clipped before they are unscaled", 5, memory.clipped_before_unscaled, "full", FP16,
+           ("low precision",), "plain run"),
+    Mutant("update in the backward with the rate of the step before", 24, memory.rate_of_the_step_before, "full", AT_ONCE,
+           ("optimizer in backward",), "weights after"),
+    Mutant("states on the disk are stale by a step", 21, memory.stale_by_a_step, "full", ON_DISK,
+           ("offloaded optimizer states",), "weights after"),
     # kernels, compiling, precision
     Mutant("attention 1% too large", 0, models.attention_too_large, "full", DP, KERNELS),
     Mutant("softmax 2% too cold", 0, models.attention_too_cold, "lora", {}, KERNELS),

@@ -72,7 +72,7 @@ def test_every_pair_is_verified_where_all_goes_well(small, tmp_path, pretend):
     assert (counts["refused"] > 0) is not small, "DeepSpeed with tensors isn't a recipe; it is only in the whole matrix"
     assert cell(result, "TP", "bf16") == matrix.Cell("within_bound", 0.5)
     assert all(2 ** len(on & {"DP", "ZeRO-3"} | on & {"TP"} | on & {"PP 1F1B"}) <= 4 for on in ran)
-    assert len(ran) < (15 if small else 120)
+    assert len(ran) < (20 if small else 220)
 
 
 def test_exact_is_what_is_exact_with_nothing_else(tmp_path, pretend):
@@ -105,7 +105,7 @@ def test_a_pair_that_fails_is_found_and_all_others_are_verified(tmp_path, preten
     assert not result.good
     assert result.counts()["untested"] == result.counts()["refused"] == 0
     [(model, cause)] = result.failed
-    assert (model, cause.levels) == ("mlp", frozenset({("TP", "TP"), ("bf16", "bf16")}))
+    assert (model, cause.levels) == ("mlp", frozenset({("TP", "TP"), ("precision", "bf16")}))
 
 
 def test_three_that_fail_together_are_a_failure_but_their_pairs_are_verified(tmp_path, pretend):
@@ -172,13 +172,13 @@ def test_each_seed_must_pass(tmp_path, pretend, monkeypatch):
 
 def test_the_real_thing_in_one_process(tmp_path, monkeypatch):
     """An mlp's own techniques, without other processes."""
-    kept = ("bf16", "accumulation", "resume", "clipping")
+    kept = ("precision", "accumulation", "resume", "clipping")
     monkeypatch.setattr(combinations, "SMALL", {name: combinations.SMALL[name] for name in kept})
     monkeypatch.setattr(combinations, "too_many", lambda factors: set())
     said = []
     result = mlp(tmp_path, small=True, say=said.append)
     counts = result.counts()
-    assert (counts["pairs"], counts["exact"] + counts["within_bound"], counts["within_bound"] > 0) == (15, 15, True)
+    assert (counts["pairs"], counts["exact"] + counts["within_bound"], counts["within_bound"] > 0) == (21, 21, True)
     parts = [one.value for one in result.models[0].cells.values() if one.status == "within_bound"]
     assert all(0 < part < 1 for part in parts), "a bound is used, but not all of it"
     assert any("bf16" in line and "accumulation: passed" in line for line in said)
@@ -187,7 +187,7 @@ def test_the_real_thing_in_one_process(tmp_path, monkeypatch):
 def test_exactness_is_seen_in_every_bit(tmp_path):
     combinations.write_data(tmp_path)
     with Runner() as runner:
-        rows = [{"resume": "resume"}, {"accumulation": "accumulation"}, {"bf16": "bf16"}]
+        rows = [{"resume": "resume"}, {"accumulation": "accumulation"}, {"precision": "bf16"}]
         outcomes = [matrix.prove(combinations.job("mlp", row, tmp_path), runner) for row in rows]
     assert [(one.verdict, one.exact) for one in outcomes] == [("passed", True), ("passed", False), ("passed", False)]
 

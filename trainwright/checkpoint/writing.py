@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainwright.checkpoint import manifest
@@ -219,10 +220,17 @@ def _save(folder: Path, part: _Part, team: Team) -> dict[str, Any]:
 
 
 def _save_tensors(tensors: Mapping[str, Tensor | Later], path: Path) -> None:
-    """One after the other: what is made for it needn't be there all at once."""
-    table = {name: _like(tensor) for name, tensor in tensors.items()}
-    values = ((name, tensor.make() if isinstance(tensor, Later) else tensor) for name, tensor in tensors.items())
-    tensor_file.save_file({path: list(tensors)}, table, values)
+    """One after the other, where some are made for it; those needn't be there all at once."""
+    if any(isinstance(tensor, Later) for tensor in tensors.values()):
+        values = ((name, tensor.make() if isinstance(tensor, Later) else tensor) for name, tensor in tensors.items())
+        tensor_file.save_file({path: list(tensors)}, {name: _like(tensor) for name, tensor in tensors.items()}, values)
+        return
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    try:
+        save_file(whole, path)
+    except KeyError as error:
+        names = [name for name, tensor in whole.items() if tensor.dtype == error.args[0]]
+        raise TypeError(f"safetensors can't hold {error.args[0]}, the dtype of {', '.join(names)}") from error
 
 
 def _like(tensor: Tensor | Later) -> Tensor:

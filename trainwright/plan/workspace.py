@@ -34,7 +34,7 @@ def workspace(operator: Any, args: Any, result: Any) -> int:
         indices = sum(_bytes(x) for x in args[2:] if isinstance(x, Tensor))
         return _bytes(result) + indices
     if operator is aten.mkldnn_rnn_layer_backward.default:
-        return _recurrent(*args[:5], args[7], args[10])
+        return _recurrent(args[0], args[1:5], args[7], args[10])
     return 0
 
 
@@ -52,9 +52,9 @@ def _summed(weight: Tensor) -> int:
     return 6 * outputs * -(-inputs // PADDED) * PADDED * (weight.numel() // max(1, outputs * inputs))
 
 
-def _recurrent(x: Tensor, w: Tensor, u: Tensor, b: Tensor, c: Tensor, out: Tensor, grad: Tensor | None) -> int:
+def _recurrent(x: Tensor, weights: list[Tensor], out: Tensor, grad: Tensor | None) -> int:
     """oneDNN's backward of an LSTM layer keeps the four gates' gradients of all steps; in bfloat16 float32 copies instead."""
-    packed = 2 * (_bytes(w) + _bytes(u) + _bytes(b) + _bytes(c))
+    packed = 2 * sum(map(_bytes, weights))
     if x.dtype != torch.float32:
         return _bytes(x) + 2 * _bytes(out) + 2 * packed
     whole = grad is not None and grad.is_contiguous()  # else it is made so, of zeros where only the last step has one

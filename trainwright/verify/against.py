@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 
 from trainwright.models.decoder import Decoder
-from trainwright.recipe import TextData
-from trainwright.verify import hugging_face, plain_loop, works
+from trainwright.recipe import InputError, TextData
+from trainwright.verify import hugging_face, plain_loop, techniques, works
 from trainwright.verify.facts import Facts
 from trainwright.verify.job import Job
 from trainwright.verify.judging import Line, Rule, judge
@@ -40,6 +40,7 @@ def compare(job: Job, facts: Facts, runner: Runner, kind: Kind) -> Verdict:
     job = job.but(resume=False, dropout=False, probe=False, watch=False)
     if kind == "hf":
         hugging_face.check(job.recipe, facts)
+    _check_rounding(job, facts, kind)
     plain_loop.rates(job.recipe, 1)
     try:
         run = runner.run(job)
@@ -48,6 +49,19 @@ def compare(job: Job, facts: Facts, runner: Runner, kind: Kind) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="trainwright-against-") as scratch:
         twin = Twin(job, facts, run, kind, Path(scratch))
         return _judged(twin, runner)
+
+
+def _check_rounding(job: Job, facts: Facts, kind: Kind) -> None:
+    """Raises InputError where updates are rounded in a way that the twin doesn't know."""
+    rounds = {
+        "memory.optimizer_states: 8bit": (job.recipe.memory.optimizer_states == "8bit", "plain"),
+        "precision: pure_bf16": (facts.precision(job) == "pure_bf16", "bf16"),
+    }
+    for key, (on, other) in rounds.items():
+        if on:
+            raise InputError(
+                f"{key} rounds updates in its own way, and {NAMES[kind]} doesn't; verify it without --against, or with {other}"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class Twin:
         documents, work = works.text(self.job, self.facts, self.run, precision)
         if self.kind == "torch":
             return plain_loop.train(work, recipe, steps, folder)
-        trace, _ = hugging_face.train(work, documents, recipe, steps, folder, bf16=precision == "bf16")
+        trace, _ = hugging_face.train(work, documents, recipe, steps, folder, bf16=precision in works.AUTOCAST)
         return trace
 
 
@@ -154,7 +168,7 @@ def _loaded(twin: Twin) -> list[Line]:
     with torch.no_grad():
         ends = torch.tensor([0, len(document)], dtype=torch.int32)
         ours = model.logits(model(document[None], torch.arange(len(document))[None], ends))[0].double()
-    precision = "bf16" if built.precision == "bf16" else "fp32"  # frozen weights are stored in bfloat16 then
+    precision = built.precision if built.precision in techniques.LOW else "fp32"  # what is stored, or made, in few digits
     value, bound = float((theirs - ours).norm() / ours.norm()), Rule(precision).bound(0.0)
     what, why = "saved model, read by transformers", f"logits of a document of {len(document)} tokens"
     if value <= bound:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainwright.recipe import Recipe
 from trainwright.recipe.file import parse
+from trainwright.verify import random_weights
 from trainwright.verify.covering import Levels
 from trainwright.verify.job import Job
 
 MOST_PROCESSES = 4
-TOKENIZER, DOCUMENTS, CACHE = "tokenizer", "documents.jsonl", "cache"
+TOKENIZER, WEIGHTS, DOCUMENTS, CACHE = "tokenizer", "weights", "documents.jsonl", "cache"
 VOCABULARY = 320
 DECODER = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -32,6 +32,7 @@ class Subject:
     freeze    a pattern of parameters that may be frozen
     text      whether it reads tokens
     kernels   whether it has operations of our own
+    file      whether its weights come from a file
     batch     rows a step
     """
 
@@ -40,6 +41,7 @@ class Subject:
     freeze: str | None = None
     text: bool = True
     kernels: bool = True
+    file: bool = False
     batch: int = 16
 
 
@@ -57,7 +59,7 @@ MODELS: dict[str, Subject] = {
     ),
     "decoder, full": Subject({"model": {"options": DECODER}, "adapt": {"method": "full"}}, freeze="model.layers.1.*"),
     "decoder, LoRA": Subject(
-        {"model": {"options": DECODER}, "adapt": {"method": "lora", "rank": 4, "alpha": 8.0}}, drop="adapt.dropout"
+        {"model": {}, "adapt": {"method": "lora", "rank": 4, "alpha": 8.0}}, drop="adapt.dropout", file=True
     ),
     "decoder, partial": Subject(
         {"model": {"options": DECODER}, "adapt": {"method": "partial", "train": ["*layers.[0123].mlp*", "*norm*", "*embed*"]}}
@@ -124,7 +126,11 @@ EVERYWHERE = (
                         Level("PP GPipe", _pipeline("gpipe")), Level("PP interleaved", _pipeline("interleaved")))),
     Factor("engine", (Level("torch"), Level("DeepSpeed", DEEPSPEED, {"data ranks": "DP"}),
                       Level("DS offload", {**DEEPSPEED, "parallel.offload_optimizer": True}, {"data ranks": "ZeRO-1"}))),
-    _switch("bf16", {"precision": "bf16"}, {"precision": "fp32"}, plain="fp32"),
+    Factor("precision", (Level("fp32", {"precision": "fp32"}), Level("bf16", {"precision": "bf16"}),
+                         Level("pure bf16", {"precision": "pure_bf16"}), Level("fp16", {"precision": "fp16"}))),
+    _switch("8-bit states", {"memory.optimizer_states": "8bit"}, {}),
+    _switch("states on disk", {"memory.optimizer_offload": "disk"}, {}),
+    _switch("update in backward", {"memory.optimizer_in_backward": True}, {}),
     _switch("compile", {"run.compile": "on"}, {"run.compile": "off"}),
     Factor("resume", (Level("no resume"), Level("resume", resume=True))),
     Factor("optimizer", (Level("SGD", {"optimizer": SGD}), Level("AdamW", {"optimizer": ADAMW})), setting=True),
@@ -137,6 +143,8 @@ CHECKPOINTING = Factor("checkpointing", (
     Level("no checkpointing"),
     *(Level(f"ckpt {kind}", {"memory.checkpointing": kind}) for kind in ("full", "selective", "offload")),
 ))  # fmt: skip
+FROZEN = Factor("frozen weights", (Level("kept frozen weights"), Level("streamed", {"memory.frozen": "stream"}),
+                                   Level("4-bit base", {"adapt.base": "4bit"})))  # fmt: skip
 # Where dropout draws other masks than in the plain run: a batch is divided otherwise, or its kernels draw by themselves.
 REDRAWN = {
     "data ranks": "1 rank", "pipeline": "no PP", "accumulation": "no accumulation", "packing": "no packing",
@@ -147,7 +155,10 @@ SMALL = {
     "data ranks": ("1 rank", "DP", "ZeRO-3"),
     "TP": ("no TP", "TP"),
     "pipeline": ("no PP", "PP 1F1B"),
-    "bf16": ("fp32", "bf16"),
+    "precision": ("fp32", "bf16", "pure bf16"),
+    "8-bit states": ("no 8-bit states", "8-bit states"),
+    "states on disk": ("no states on disk", "states on disk"),
+    "frozen weights": ("kept frozen weights", "streamed", "4-bit base"),
     "accumulation": ("no accumulation", "accumulation"),
     "packing": ("no packing", "packing"),
     "kernels": ("no kernels", "kernels"),
@@ -164,8 +175,9 @@ def factors(model: str, *, small: bool = False) -> dict[str, Factor]:
         found.append(PACKING)
     if subject.kernels:
         found.append(KERNELS)
-    if "memory" in Recipe.model_fields:
-        found.append(CHECKPOINTING)
+    found.append(CHECKPOINTING)
+    if subject.file:
+        found.append(FROZEN)
     if subject.drop:
         found.append(_switch("dropout", {subject.drop: 0.1}, {}, setting=True))
     if subject.freeze:
@@ -217,6 +229,8 @@ def job(model: str, combination: Mapping[str, str], folder: Path, seed: int = 0)
     mapping = json.loads(json.dumps({**_base(subject, folder), **subject.sections}))
     if subject.text:
         mapping["model"]["tokenizer"] = str(folder / TOKENIZER)
+    if subject.file:
+        mapping["model"]["pretrained"] = str(folder / WEIGHTS)
     for key, value in {"run.seed": seed, **{key: value for level in levels for key, value in level.keys.items()}}.items():
         *path, last = key.split(".")
         section = mapping
@@ -249,7 +263,7 @@ TEMPLATE = (
 
 
 def write_data(folder: Path) -> None:
-    """A tokenizer, and documents of ragged lengths."""
+    """A tokenizer, a model's weights, and documents of ragged lengths."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -266,6 +280,7 @@ def write_data(folder: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder / TOKENIZER)
+    random_weights.write(folder / WEIGHTS, DECODER)
     rows = []
     for i in range(90):
         words = [WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(3 + i * 11 % 23)]

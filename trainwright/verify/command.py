@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from trainwright.recipe import Recipe
 from trainwright.verify import facts as looking
-from trainwright.verify import forward, judging, proof, reduce, techniques
+from trainwright.verify import forward, judging, proof, reduce, seeing, techniques
 from trainwright.verify.facts import Facts
 from trainwright.verify.job import Job
 from trainwright.verify.proof import Blame, Prover, Verdict
@@ -91,12 +92,12 @@ def verify(recipe: Recipe, options: Options | None = None, say: Say = lambda tex
     """
     started, asked = time.perf_counter(), options or Options()
     job = settled(recipe, asked)
-    with Runner() as runner:
+    with Runner() as runner, tempfile.TemporaryDirectory(prefix="trainwright-reduced-") as scratch:
         runner.warm(job.processes)
         known = looking.look(job)
         words = ""
         if asked.reduce:
-            smaller = reduce.reduce(job, known, asked.layers, asked.width)
+            smaller = reduce.reduce(job, known, asked.layers, asked.width, Path(scratch))
             job, words = smaller.job, smaller.words
             known = looking.look(job)
         else:
@@ -160,6 +161,10 @@ def apart(job: Job, facts: Facts) -> tuple[str, ...]:
         found.append(f"dropout ({shown}) is off in all runs: its masks depend on how a batch is divided")
     if facts.batch_norm and techniques.divides(job, facts):
         found.append("accumulation stays in the plain run: BatchNorm takes its statistics from one micro-batch of all ranks")
+    if facts.precision(job) == "fp16":
+        found.append(f"the loss scale begins at {seeing.CALM:g}, so that no step is left out")
+    if getattr(job.recipe.adapt, "base", "") == "4bit":
+        found.append("the plain runs have the values of the 4-bit base, kept plainly: what rounding to them costs isn't judged")
     if eps := getattr(job.recipe.optimizer, "eps", None):
         found.append(f"optimizer.eps is {eps:.1e} in all runs, so that no step is the sign of a rounding error")
     return (*found, f"bound: {judging.Rule(facts.precision(job)).why}")

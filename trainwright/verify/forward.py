@@ -7,7 +7,7 @@ from trainwright.verify.job import Job
 from trainwright.verify.proof import Blame, Prover
 from trainwright.verify.running import Broken
 
-ALIKE = {"fp32": 1e-3, "bf16": 0.1, "fp64": 1e-7}  # relative, of a module's mean square
+ALIKE = {"fp32": 1e-3, "bf16": 0.1, "pure_bf16": 0.1, "fp16": 0.1, "fp64": 1e-7}  # relative, of a module's mean square
 UNSEEN = {"compile", "packing"}  # fused, or with other paddings: module outputs don't compare
 
 

@@ -87,7 +87,8 @@ def decoder(recipe: Recipe, facts: Facts, begin: Mapping[str, Tensor], dtype: to
 def reads_itself(recipe: Recipe, facts: Facts) -> bool:
     """Whether transformers can read the weights by which the recipe starts."""
     source = facts.built.source
-    return source is not None and source.kind in ("folder", "gguf") and not recipe.model.options
+    packed = getattr(recipe.adapt, "base", "") == "4bit"
+    return source is not None and source.kind in ("folder", "gguf") and not recipe.model.options and not packed
 
 
 def _base(recipe: Recipe, facts: Facts, begin: Mapping[str, Tensor]) -> nn.Module:

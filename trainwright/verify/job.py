@@ -15,6 +15,7 @@ class Job:
     """A few steps of a recipe.
 
     separate  each packed document in a row of its own
+    rounded   a frozen base has the values that it has in 4 bits, kept plainly
     dropout   whether layers drop; random masks depend on how a batch is divided
     resume    also write a checkpoint before the last step, and take that step from it once more
     probe     also look whether the model can be compared at all
@@ -25,6 +26,7 @@ class Job:
     recipe: Recipe
     steps: int = 3
     separate: bool = False
+    rounded: bool = False
     dropout: bool = False
     resume: bool = False
     probe: bool = False

@@ -17,16 +17,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from trainwright.verify import telling
-from trainwright.verify.tracing import AVERAGE, BEGIN, END, FIRST, LAST, SAVED, Trace, same_bits
+from trainwright.verify.tracing import AVERAGE, BEGIN, END, FIRST, LAST, SAVED, STATE, Trace, same_bits
 
 Verdict = Literal["exact", "within", "failed", "skipped"]
 FACTOR = {"fp32": 8.0, "bf16": 4.0, "pure_bf16": 4.0, "fp16": 4.0, "fp64": 1.0}
 # The least bounds, relative: so many roundings are to be expected whatever the plain run's luck.
 FLOOR = {"fp32": 4e-6, "bf16": 1.5e-2, "pure_bf16": 1.5e-2, "fp16": 3e-3, "fp64": 1e-9}
 WORDS = {"fp32": "float32", "bf16": "bfloat16", "pure_bf16": "pure bfloat16", "fp16": "float16", "fp64": "float64"}
+SLIGHT = 1e-3  # of the usual size: states below it are those of gradients that are zero but for roundings
+CERTAIN = 30.0  # roundings by chance of which one must have moved a weight
 SHOWN = 4  # tensors that a line names
 
 
@@ -91,11 +94,12 @@ def judge(run: Trace, plain: Trace, truth: Trace, precision: str, *, compiled: b
         _gradients(f"gradients of step {len(truth.losses)}", LAST, run, plain, truth, rule),
         _frozen(run),
         _weights(run, plain, truth, rule),
+        *_states(run, plain, truth, rule),
         *_averages(run, plain, truth, rule),
         _saved(run, plain, truth, rule),
         *_held_out(run, plain, truth, rule),
         *_resumed(run, rule if compiled else None),
-        *_legs(run),
+        *_legs(run, truth),
     ]
 
 
@@ -124,7 +128,7 @@ def _comparable(truth: Trace) -> Iterator[Line]:
 def different_bits(run: Trace, plain: Trace) -> list[str]:
     """What isn't the same to the bit: numbers, then tensors from the first gradient to the last weight."""
     numbers = [name for name in ("losses", "norms") if getattr(run, name) != getattr(plain, name)]
-    for kind in (FIRST, LAST, END):
+    for kind in (FIRST, LAST, END, STATE):
         mine, theirs = run.tensors(kind), plain.tensors(kind)
         numbers += [f"{kind} of {n}" for n in theirs if n not in mine or not same_bits(mine[n], theirs[n])]
     return numbers
@@ -229,6 +233,23 @@ def _weights(run: Trace, plain: Trace, truth: Trace, rule: Rule) -> Line:
     return _tensors(what, ends[0], ends[1], ends[2], rule, scales)
 
 
+def _states(run: Trace, plain: Trace, truth: Trace, rule: Rule) -> Iterator[Line]:
+    """Of the optimizer, relative to their size, or to a small part of what those of other tensors usually are."""
+    found, truths = run.tensors(STATE), truth.tensors(STATE)
+    if not found or not truths:
+        return
+    usual = {name: float(value.double().norm()) / max(1, value.numel()) ** 0.5 for name, value in truths.items()}
+    largest = {key: max(usual[name] for name in truths if _key(name) == key) for key in map(_key, truths)}
+    scales = {
+        name: max(usual[name], SLIGHT * largest[_key(name)]) * max(1, value.numel()) ** 0.5 for name, value in truths.items()
+    }
+    yield _tensors("optimizer's states", found, plain.tensors(STATE), truths, rule, scales)
+
+
+def _key(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _frozen_names(trace: Trace) -> set[str]:
     """Parameters that don't learn; what isn't a floating-point number, or changes with the forward, is a buffer."""
     begin, end = trace.tensors(BEGIN), trace.tensors(END)
@@ -274,11 +295,21 @@ def _resumed(run: Trace, rule: Rule | None) -> Iterator[Line]:
         yield Line("resume", "exact", why="the last step, taken again from a checkpoint, gives the same bits")
 
 
-def _legs(run: Trace) -> Iterator[Line]:
+def _may_stay(start: Tensor, begin: Tensor, end: Tensor) -> bool:
+    """Whether a bfloat16 tensor's updates are so small that chance may round all of them away."""
+    if start.dtype != torch.bfloat16:
+        return False
+    moved = (end.double() - begin.double()).abs() / (start.double().abs().clamp(min=1e-30) * 2.0**-8)
+    return float(moved.sum()) < CERTAIN
+
+
+def _legs(run: Trace, truth: Trace) -> Iterator[Line]:
     """A check passes only if there is something to check: what learns must have gradients and move."""
     first, last, begin, end = (run.tensors(kind) for kind in (FIRST, LAST, BEGIN, END))
     dead = [name for name in run.learning if not any(name in found and bool(found[name].any()) for found in (first, last))]
     still = [name for name in run.learning if name in begin and name in end and bool((begin[name] == end[name]).all())]
+    starts, ends = truth.tensors(BEGIN), truth.tensors(END)
+    still = [name for name in still if name not in ends or not _may_stay(begin[name], starts[name], ends[name])]
     if dead:
         why = f"{dead[0]} learns by the recipe, but its gradient is zero or missing in the first and last step"
         yield Line("living gradients", "failed", where=dead[0], why=why, tensors=tuple(dead))

@@ -320,7 +320,7 @@ def identical(run: Trace, plain: Trace) -> bool:
     """Whether two runs have the same bits, in every number and tensor."""
     if any(getattr(run, name) != getattr(plain, name) for name in ("losses", "norms", "rates", "supervised", "held_out")):
         return False
-    kinds = (tracing.BEGIN, tracing.FIRST, tracing.LAST, tracing.END, tracing.AVERAGE, tracing.SAVED)
+    kinds = (tracing.BEGIN, tracing.FIRST, tracing.LAST, tracing.END, tracing.AVERAGE, tracing.SAVED, tracing.STATE)
     return all(_same(run, plain, kind) for kind in kinds)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainwright.recipe import InputError
-from trainwright.verify import judging, structure, techniques
+from trainwright.verify import judging, sane, structure, techniques
 from trainwright.verify.facts import Facts
 from trainwright.verify.job import Job
 from trainwright.verify.judging import Line
@@ -19,7 +19,6 @@ from trainwright.verify.tracing import Trace
 Say = Callable[[str], None]
 ROUNDING = 0.1  # a distance below it may come from a rounding that decided something; float64 tells
 SHARP = {"precision": "fp32", "run.compile": "off"}
-SANE = {"fp32": 1e-3, "bf16": 0.1, "pure_bf16": 0.1, "fp16": 0.1}  # a plain run further than that from float64 is no measure
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,10 @@ class Prover:
         except Broken as error:
             return Verdict((Line("run", "failed", why=str(error)),))
         compared = judging.judge(run, plain, truth, precision, compiled=self.facts.compiles(job))
-        alone = structure.check(job.recipe, self.facts.built, run)
-        verdict = Verdict((*self._sane(plain, truth, precision), *compared, *alone))
+        alone = structure.check(job, self.facts.built, run)
+        rounded = sane.unbiased(run, truth) if precision == "pure_bf16" else ()
+        measure = sane.check(plain, truth, precision, eight_bits=job.recipe.memory.optimizer_states == "8bit")
+        verdict = Verdict((*measure, *compared, *alone, *rounded))
         return verdict if verdict.good else self._reconsidered(job, verdict, truth)
 
     def _run(self, job: Job, what: str) -> Trace:
@@ -117,14 +118,6 @@ class Prover:
         trace = self.runner.run(job)
         self.say(f"{what}: {time.perf_counter() - started:.1f} s")
         return trace
-
-    def _sane(self, plain: Trace, truth: Trace, precision: str) -> list[Line]:
-        """Nothing is proved by a plain run that is wrong itself."""
-        off = max(abs(a - t) / max(abs(t), 1e-12) for a, t in zip(plain.losses, truth.losses, strict=True))
-        if off <= SANE.get(precision, 1.0):
-            return []
-        why = f"the plain {judging.WORDS[precision]} run's loss is {off:.1%} from float64's: the model is too ill-conditioned"
-        return [Line("plain run", "failed", off, SANE[precision], "loss", why)]
 
     def _reconsidered(self, job: Job, verdict: Verdict, truth: Trace) -> Verdict:
         """Small differences can come from a rounding that decided something, such as on which side of 0 a ReLU's input is.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from trainwright.models import decoder
 from trainwright.recipe import DECODER, InputError, Lora, Partial, Recipe, TextData
+from trainwright.verify import random_weights
 from trainwright.verify.facts import Facts
 from trainwright.verify.job import Job
 
@@ -35,18 +37,19 @@ class Reduced:
     words: str
 
 
-def reduce(job: Job, facts: Facts, layers: int | None = None, width: int | None = None) -> Reduced:
+def reduce(job: Job, facts: Facts, layers: int | None = None, width: int | None = None, folder: Path | None = None) -> Reduced:
     """Make a job small, or as small as asked for.
 
     Args:
         layers: blocks of a decoder. width: its hidden size.
+        folder: where weights are written for what reads them from a file.
 
     Raises:
         InputError: it can't be made small enough, or not in this way; says what to pass.
     """
     keys, words = _less_data(job, facts)
     if job.recipe.model.architecture == DECODER:
-        options, said = _smaller_decoder(job, facts, layers, width)
+        options, said = _smaller_decoder(job, facts, layers, width, folder)
         keys, words = keys | options, said + words
     elif layers or width:
         what = "--layers" if layers else "--width"
@@ -81,7 +84,9 @@ def _name(job: Job) -> str:
     return job.recipe.model.architecture
 
 
-def _smaller_decoder(job: Job, facts: Facts, layers: int | None, width: int | None) -> tuple[dict[str, Any], list[str]]:
+def _smaller_decoder(
+    job: Job, facts: Facts, layers: int | None, width: int | None, folder: Path | None
+) -> tuple[dict[str, Any], list[str]]:
     """Keys of a smaller decoder with weights drawn from the seed; none where it is small already."""
     config, model = facts.built.config, facts.built.model
     assert isinstance(model, decoder.Decoder)
@@ -95,13 +100,22 @@ def _smaller_decoder(job: Job, facts: Facts, layers: int | None, width: int | No
     keys = {"model.pretrained": None, "model.match": "exact", "model.tokenizer": tokenizer, "model.options": known}
     if getattr(job.recipe.adapt, "start", None):
         keys["adapt.start"] = None
+    if reads_file(job):
+        assert folder is not None
+        written = random_weights.write(folder / "reduced", known, job.recipe.run.seed)
+        keys |= {"model.pretrained": str(written), "model.options": {}}
     old, new = model.config, decoder.read_config(known)
     words = [
         f"{new.num_hidden_layers} of {old.num_hidden_layers} layers",
         f"hidden size {new.hidden_size} of {old.hidden_size}",
-        "weights drawn from the seed instead of loaded",
+        "weights drawn from the seed" + (" and written to a file" if reads_file(job) else " instead of loaded"),
     ]
     return keys, words
+
+
+def reads_file(job: Job) -> bool:
+    """Whether a technique needs the file of weights while it trains, or to pack them."""
+    return job.recipe.memory.frozen == "stream" or getattr(job.recipe.adapt, "base", "plain") != "plain"
 
 
 def _fewer_layers(job: Job, config: decoder.DecoderConfig, layers: int | None) -> dict[str, Any]:

@@ -15,16 +15,19 @@ from torch import Tensor
 from trainwright.adapt.lora import is_factor
 from trainwright.built import Built
 from trainwright.ema import UPDATES
+from trainwright.memory import supplied
 from trainwright.models.pretrained import Source
 from trainwright.recipe import Full, Lora, Partial, Recipe, TextData
+from trainwright.verify.job import Job
 from trainwright.verify.judging import Line
 from trainwright.verify.tracing import AVERAGE, BEGIN, END, SAVED, Trace
 
 CLIPPED = 1e-2  # relative
 
 
-def check(recipe: Recipe, built: Built, run: Trace) -> list[Line]:
+def check(job: Job, built: Built, run: Trace) -> list[Line]:
     """The lines of what must hold. ``built`` is the plain model without values."""
+    recipe = job.recipe
     text = isinstance(recipe.data, TextData)
     fresh = isinstance(recipe.adapt, Lora) and recipe.adapt.start is None
     groups = any(group.weight_decay is not None for group in recipe.optimizer.groups)
@@ -39,7 +42,7 @@ def check(recipe: Recipe, built: Built, run: Trace) -> list[Line]:
         ("weight decay", "of matrices only", not groups, _decay(recipe, run)),
         ("start of the adapter", "every lora_B is zero, so that the model begins as its base", fresh, _adapter(run)),
         ("tied weights", "embedding and head are one tensor", tied, _tied(run)),
-        ("loaded weights", "what the file holds", loaded, _loaded(built, run)),
+        ("loaded weights", "what the file holds", loaded, _loaded(job, built, run)),
         ("saved model", "everything that a reader needs, as it was after the last step", True, _saved(recipe, run)),
     ]
     return [_line(what, why, list(found)) for what, why, applies, found in checks if applies]
@@ -109,10 +112,13 @@ def _tied(run: Trace) -> Iterator[str]:
         yield "lm_head.weight is a tensor of its own; the config ties it to the embedding"
 
 
-def _loaded(built: Built, run: Trace) -> Iterator[str]:
-    """By other readers than ours: safetensors' own, and for GGUF transformers'."""
+def _loaded(job: Job, built: Built, run: Trace) -> Iterator[str]:
+    """By other readers than ours: safetensors' own, and for GGUF transformers'. Those in 4 bits are the plain run's."""
     assert built.source is not None
     ours = run.tensors(BEGIN)
+    if job.rounded or getattr(job.recipe.adapt, "base", "") == "4bit":
+        packed = {f"{name}.weight" for name in supplied.layers(built.model, None, "adapt.base")}
+        ours = {name: value for name, value in ours.items() if name not in packed}
     for name, value in _file_tensors(built.source, set(ours)):
         mine = ours[name]
         if mine.shape != value.shape:

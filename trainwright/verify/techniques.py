@@ -1,7 +1,8 @@
 """What a recipe has switched on that should not change the answer, in the order in which ``build`` applies it.
 
 Each technique says how a job looks without it. ``exact`` ones leave every operation as it is, so that all bits must agree;
-``order`` ones sum the same numbers in another order or another way; ``precision`` ones round more.
+``order`` ones sum the same numbers in another order or another way; ``precision`` ones round more, and the plain run has them,
+too. A base in 4 bits is held against the same values kept plainly: that is exact.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ TECHNIQUES = (
               _keys(memory__checkpointing="none", memory__every=1, memory__blocks=None)),
     Technique("streamed weights", "memory.frozen", "exact", lambda job, facts: job.recipe.memory.frozen == "stream",
               _keys(memory__frozen="resident")),
-    Technique("4-bit base", "adapt.base", "precision", lambda job, facts: getattr(job.recipe.adapt, "base", "") == "4bit",
-              _keys(adapt__base="plain")),
+    Technique("4-bit base", "adapt.base", "exact", lambda job, facts: getattr(job.recipe.adapt, "base", "") == "4bit",
+              lambda job, facts: job.but(rounded=True).with_keys({"adapt.base": "plain"})),
     Technique("8-bit optimizer states", "memory.optimizer_states", "precision",
               lambda job, facts: job.recipe.memory.optimizer_states == "8bit", _keys(memory__optimizer_states="plain")),
     Technique("offloaded optimizer states", "memory.optimizer_offload", "exact",

@@ -18,12 +18,13 @@ from trainwright.loop import Run
 from trainwright.parallel import exchange
 from trainwright.pieces import Held
 from trainwright.recipe.imports import import_function
-from trainwright.verify import batches, dropping, probing, watching
+from trainwright.verify import batches, dropping, four_bits, probing, seeing, watching
 from trainwright.verify.job import Job
 
 GONE = 1e30  # larger than any difference; JSON has no infinity
 SCALARS, TENSORS = "trace.json", "trace.safetensors"
 BEGIN, FIRST, LAST, END, AVERAGE, SAVED = "begin", "first gradient", "last gradient", "end", "average", "saved"
+STATE = "state"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Trace:
     first, last gradient   of the first and of the last step, before clipping
     average         averaged weights, where the recipe has them
     saved           the tensors of the saved model's files
+    state           what the optimizer keeps after the last step; nothing of DeepSpeed's
 
     faults    what is wrong with a batch by itself
     rows      for each step a number made of the rows that were trained on, in whatever order
@@ -43,6 +45,7 @@ class Trace:
     probes    see ``probing.probe``
     clipped   the norm of the whole gradient as the optimizer gets it, for each step
     draws     the first random numbers of each process
+    skipped   why a step updated nothing; "" where it did
     outputs, inner  see ``watching``: of modules in the first step, of what they give and of its gradient
     resumed   tensors that are others after a checkpoint was read, and by how much of their size; None: that wasn't tried
     """
@@ -64,6 +67,7 @@ class Trace:
     inner: dict[str, float] = field(default_factory=dict)
     clipped: list[float] = field(default_factory=list)
     draws: list[list[float]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def names(self, what: str) -> list[str]:
@@ -85,7 +89,7 @@ def trace(job: Job, folder: Path) -> None:
     """
     run = _assembled(job)
     tensors: dict[str, Tensor] = {}
-    _keep(tensors, BEGIN, run, run.weights())
+    _keep(tensors, BEGIN, run, seeing.weights(run))
     rows, faults = batches.watch(run)
     clipped: list[float] = []
     steps, seen = _stepped(run, job, tensors, folder, clipped)
@@ -102,12 +106,14 @@ def trace(job: Job, folder: Path) -> None:
             run, (n for group in run.optimizer.param_groups if group["weight_decay"] for n in group["names"])
         ),
         "clipped": clipped,
+        "skipped": [step.skipped for step in steps],
         "notes": [f"{change.technique}: {change.summary}" for change in run.changes] + run.notes,
     }
     if seen is not None:
         found |= {"outputs": watching.gathered(run, seen.outputs), "inner": watching.gathered(run, seen.inner)}
-    _keep(tensors, END, run, run.weights())
-    _keep(tensors, AVERAGE, run, _averages(run))
+    _keep(tensors, END, run, seeing.weights(run))
+    _keep(tensors, AVERAGE, run, seeing.averages(run))
+    _keep(tensors, STATE, run, seeing.states(run))
     found["held_out"] = loop.evaluate(run) if "held_out" in run.splits else {}
     _save(run, folder, tensors)
     found["draws"] = _draws(run)
@@ -126,6 +132,9 @@ def load(folder: Path) -> Trace:
 def _assembled(job: Job) -> Run:
     torch._dynamo.reset()  # what jobs before this one compiled counts towards a limit, beyond which nothing is compiled
     run = build.assemble(job.recipe)
+    seeing.calm(run)
+    if job.rounded:
+        four_bits.round_base(run)
     if not job.dropout:
         dropping.off(run.model)
     if job.separate:
@@ -141,12 +150,13 @@ def _stepped(
     """Take the steps; keeps the gradients of the first and last one, and writes a checkpoint before the last."""
     clip, last = run.clip, job.steps - 1
     seen = watching.watch(run.model) if job.watch else None
+    gradients = seeing.gradients(run)
 
     def watched() -> Tensor:
         if run.step == 0:
-            _keep(tensors, FIRST, run, run.gradients())
+            _keep(tensors, FIRST, run, gradients())
         if run.step == last:
-            _keep(tensors, LAST, run, run.gradients())
+            _keep(tensors, LAST, run, gradients())
         norm = clip()
         if run.recipe.parallel.engine == "torch":  # DeepSpeed clips inside of its step
             clipped.append(_norm(run))
@@ -181,10 +191,6 @@ def _draws(run: Run) -> list[list[float]]:
     """What each process draws for dropout."""
     loop.seed(run, 0)
     return run.share(torch.rand(2).tolist())
-
-
-def _averages(run: Run) -> dict[str, Held]:
-    return {name.removeprefix("extra."): one for name, one in run.remember().items() if name.startswith("extra.")}
 
 
 def _all_names(run: Run, mine: Iterator[str]) -> list[str]:

@@ -27,7 +27,8 @@ from trainwright.verify.plain_loop import Work
 from trainwright.verify.plain_losses import IGNORED
 from trainwright.verify.tracing import BEGIN, Trace
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+DTYPES = dict.fromkeys(("fp32", "bf16", "fp16"), torch.float32) | {"fp64": torch.float64}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INPUT_BOUND = 1e-5
 Outputs = Callable[[list[Document]], tuple[Tensor, Tensor]]
 
@@ -142,7 +143,7 @@ def _steps_in_all(recipe: Recipe, rows: int) -> int:
 
 
 def _autocast(precision: str) -> AbstractContextManager[object]:
-    return torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    return torch.autocast("cpu", dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
 def samples(job: Job, facts: Facts, run: Trace, precision: str) -> Work:

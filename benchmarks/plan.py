@@ -1,0 +1,341 @@
+"""How well `trainwright plan` foresees: peak memory and time of real steps beside its figures, a process a case.
+
+    python -m benchmarks.plan [--json] [--cases memory,time,rss,ranks,seconds] [--page docs/plan-accuracy.md]
+
+memory   bytes of tensors at the peak of a step. Measured: every allocation of the CPU that PyTorch's profiler sees, in the
+         second step of the real run. Target: 3%
+time     seconds of a step on this CPU, calibrated in the same process. Measured: the fastest of several steps. Target: 20%
+rss      the same peak against the growth of resident memory over the imports. Target: 10%
+ranks    ``memory`` in each of several processes. Measured: what the C library has given out after each operator. Target: 5%
+seconds  how long `plan` itself takes, and its peak of resident memory
+
+error is predicted / measured - 1. A page is written for what was measured; all else stays on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.plan_cases import MEMORY, PLANS, RANKS, RSS, TIME, recipe_of
+from trainwright.recipe import Recipe
+
+PAGE = Path("docs/plan-accuracy.md")
+
+
+# --- one measurement, in a process of its own ---------------------------------------
+
+
+def step(run: Any, number: int = 0) -> None:
+    """As the loop takes it."""
+    from trainwright import loop
+
+    loop.seed(run, number)
+    run.forward_backward(run.batch(number))
+    run.clip()
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def peak_of(recipe: Recipe) -> int:
+    """Most bytes that the CPU's allocator has given out at once in the second step, by the profiler's memory events."""
+    from trainwright import build
+
+    build.assemble(recipe)  # what is made once in a process isn't the run's
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run = build.assemble(recipe)
+        run.model.train()
+        gc.collect()
+        step(run)
+        with record_function("second step"):
+            pass
+        step(run)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())  # type: ignore[union-attr]
+    live, peak = 0, None
+    for event in events:
+        if event.name() == "second step":
+            peak = live
+        elif event.name() == "[memory]":
+            live += event.nbytes()
+            peak = peak if peak is None else max(peak, live)
+    assert peak is not None
+    return peak
+
+
+def memory(case: str, work: Path) -> dict[str, float]:
+    from trainwright.plan.rehearsal import rehearse
+
+    recipe = recipe_of(case, work)
+    return {"predicted": rehearse(recipe).peak.total, "measured": peak_of(recipe)}
+
+
+def seconds_of(recipe: Recipe) -> float:
+    """The fastest of several steps after two to warm up."""
+    from trainwright import build
+
+    run = build.assemble(recipe)
+    run.model.train()
+    found: list[float] = []
+    ends = time.perf_counter() + 12
+    while len(found) < 5 or (time.perf_counter() < ends and len(found) < 40):
+        started = time.perf_counter()
+        step(run)
+        found.append(time.perf_counter() - started)
+    return min(found[2:])
+
+
+def timing(case: str, work: Path) -> dict[str, float]:
+    import trainwright.models.cpu_attention  # noqa: F401  (so that it is calibrated, too)
+    from trainwright.plan import devices
+    from trainwright.plan.rehearsal import rehearse
+    from trainwright.plan.timing import estimate
+
+    recipe = recipe_of(case, work)
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # calibrated next to the run
+    device, counts = devices.find("cpu"), rehearse(recipe).counts
+    return {"predicted": estimate(counts.all_works(), [], device).seconds, "measured": seconds_of(recipe)}
+
+
+def rss(case: str, work: Path) -> dict[str, float]:
+    """What building and a few steps add to the imports; what is predicted comes from a process before."""
+    from benchmarks.machine import peak_resident_bytes, resident_bytes
+    from trainwright import build, language, supervised  # noqa: F401  (imports, which aren't the run's)
+
+    recipe = recipe_of(case, work)
+    before = resident_bytes()
+    run = build.assemble(recipe)
+    run.model.train()
+    for number in range(3):
+        step(run, number)
+    return {"measured": peak_resident_bytes() - before}
+
+
+class _Memory(ctypes.Structure):
+    """glibc's mallinfo2."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+    ))  # fmt: skip
+
+
+class _Asking(TorchDispatchMode):
+    """Asks the C library after each operator how much is in use. The profiler doesn't see what gloo's threads give back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ask = ctypes.CDLL(None).mallinfo2
+        self._ask.restype = _Memory
+        self.peak = 0
+
+    def now(self) -> int:
+        found = self._ask()
+        return int(found.uordblks + found.hblkhd)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        self.peak = max(self.peak, self.now())
+        return result
+
+
+def rank_peak(case: str, work: str) -> int:
+    """The most in use after an operator of the second step, less what was before the program was built."""
+    from trainwright import build
+
+    recipe, asking = _rank_recipe(case, Path(work)), _Asking()
+    step(build.assemble(recipe))  # what is made once in a process isn't the run's
+    gc.collect()
+    before = asking.now()
+    run = build.assemble(recipe)
+    run.model.train()
+    step(run)
+    gc.collect()
+    with asking:
+        step(run)
+    return asking.peak - before
+
+
+def _rank_recipe(case: str, work: Path) -> Recipe:
+    many = {"training__micro_batch_size": 2} if "pipeline" in case else {"training__micro_batch_size": 4}
+    return recipe_of("decoder fp32", work, **many, **{f"parallel__{key}": value for key, value in RANKS[case][1].items()})
+
+
+def ranks(case: str, work: Path) -> dict[str, Any]:
+    from trainwright.launch.pool import Pool
+    from trainwright.plan.rehearsal import rehearse
+
+    recipe, count = _rank_recipe(case, work), RANKS[case][0]
+    hops: dict[int, Any] = {}
+    predicted = [rehearse(recipe, count, rank, hops=hops).peak.total for rank in range(count)]
+    with Pool(count) as pool:
+        measured = pool.run(rank_peak, case, str(work))
+    return {"predicted": predicted, "measured": measured}
+
+
+def plan_seconds(case: str, work: Path) -> dict[str, float]:
+    """`plan` from a recipe to its figures, the imports not counted, and the peak of resident memory, the imports counted."""
+    from benchmarks.machine import peak_resident_bytes
+    from trainwright.plan import command
+    from trainwright.recipe.file import parse
+
+    options, parallel, device, count = PLANS[case]
+    recipe = parse(
+        {
+            "model": {"architecture": "decoder", "options": options, "tokenizer": "smollm2-135m"},
+            "data": {"source": "python-docstrings", "sequence_length": 4096},
+            "parallel": parallel,
+            "memory": {"checkpointing": "full"},
+            "training": {"steps": 10, "batch_size": max(8, 2 * count // 64)},
+            "run": {"compile": "off"},
+        }
+    )
+    started = time.perf_counter()
+    planned = command.plan(recipe, command.Options(device, count))
+    taken = time.perf_counter() - started
+    return {"seconds": taken, "resident_gib": peak_resident_bytes() / 2**30, "peak_gib": planned.plan.memory.peak / 2**30}
+
+
+# --- all of them ----------------------------------------------------------------------
+
+KINDS: dict[str, tuple[list[str], Callable[[str, Path], dict[str, Any]], float]] = {
+    "memory": (MEMORY, memory, 0.03),
+    "time": (TIME, timing, 0.20),
+    "rss": (RSS, rss, 0.10),
+    "ranks": (list(RANKS), ranks, 0.05),
+    "seconds": (list(PLANS), plan_seconds, 0.0),
+}
+KEYS = {"seconds": "plan_seconds"}  # of the report
+
+
+def run(kind: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One process to its end."""
+    command = [sys.executable, "-m", "benchmarks.plan", "--one", kind, case, "--work", str(options.work)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def rows_of(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All cases of a kind, each with its error; of ranks a row for each."""
+    rows: list[dict[str, Any]] = []
+    for case in KINDS[kind][0]:
+        if options.only and options.only not in case:
+            continue
+        found = run(kind, case, options)
+        if kind == "rss":
+            found["predicted"] = run("memory", case, options)["predicted"]
+        if kind == "ranks":
+            pairs = zip(found["predicted"], found["measured"], strict=True)
+            new = [{"case": f"{case}, rank {rank}", "predicted": p, "measured": m} for rank, (p, m) in enumerate(pairs)]
+        else:
+            new = [{"case": case, **found}]
+        for row in new:
+            if "measured" in row:
+                row["error"] = row["predicted"] / row["measured"] - 1
+            print(kind, json.dumps(row), file=sys.stderr, flush=True)
+        rows += new
+    return rows
+
+
+def here() -> str:
+    """What the figures hold for."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def section(kind: str, rows: list[dict[str, Any]]) -> str:
+    """Of the page: a table with its summary."""
+    lines = [f"## {kind}", "", f"{here()}.", ""]
+    if kind == "seconds":
+        lines += ["| run | plan takes | resident at most | predicted peak of a device |", "|---|---|---|---|"]
+        lines += [
+            f"| {row['case']} | {row['seconds']:.1f} s | {row['resident_gib']:.2f} GiB | {row['peak_gib']:.1f} GiB |"
+            for row in rows
+        ]
+        return "\n".join([*lines, ""])
+    target, within = KINDS[kind][2], [abs(row["error"]) for row in rows]
+    shown = _seconds if kind == "time" else _mib
+    met = sum(error <= target for error in within)
+    lines += [f"{met} of {len(rows)} cases within {target:.0%}; the largest error is {max(within):.1%}.", ""]
+    lines += ["| case | predicted | measured | error |", "|---|---|---|---|"]
+    lines += [f"| {row['case']} | {shown(row['predicted'])} | {shown(row['measured'])} | {row['error']:+.1%} |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def write_page(path: Path, report: dict[str, list[dict[str, Any]]]) -> None:
+    """Measured sections anew, the others as they are."""
+    old = path.read_text() if path.exists() else ""
+    kept = {part.partition("\n")[0]: f"## {part}" for part in old.split("\n## ")[1:]}
+    fresh = {kind: section(kind, rows) for kind, rows in report.items()}
+    parts = [(fresh.get(kind) or kept[kind]).strip() + "\n" for kind in KINDS if kind in fresh or kind in kept]
+    path.write_text("\n".join([INTRODUCTION, *parts]))
+
+
+INTRODUCTION = """# How well plan foresees
+
+`trainwright plan` beside the runs themselves: `python -m benchmarks.plan` makes this page. *error* is predicted / measured - 1.
+
+- **memory**: the peak of live tensors in a step, against every allocation that PyTorch's profiler sees in the second step of
+  the real run. "decoder" is one of 4 layers and width 256, 8 rows of 256 tokens; pictures have 64 x 64 pixels.
+- **time**: seconds of a step on this CPU, calibrated just before, against the fastest of several steps.
+- **rss**: the same peak against the growth of resident memory over the imports.
+- **ranks**: the peak in each process of a run of several.
+- **seconds**: how long `plan` takes.
+"""
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--cases", default=",".join(KINDS))
+    parser.add_argument("--only", help="cases whose name has this in it; no page is written")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "trainwright-bench-plan"))
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        print(json.dumps(KINDS[options.one[0]][1](options.one[1], options.work)))
+        return
+    report = {kind: rows_of(kind, options) for kind in options.cases.split(",")}
+    if not options.only:
+        write_page(options.page, report)
+    if options.json:
+        print(json.dumps({KEYS.get(kind, kind): rows for kind, rows in report.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
