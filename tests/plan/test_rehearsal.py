@@ -28,8 +28,7 @@ CASES = {
 
 def measured(recipe):
     """The profiler's count of what the CPU's allocator has given out: nobody's code of ours."""
-    run = build.assemble(recipe)
-    run.model.train()
+    build.assemble(recipe)  # what is made once is made before
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run = build.assemble(recipe)
@@ -58,7 +57,7 @@ def test_the_peak_is_that_of_the_real_step(tmp_path, case):
     recipe = maker.recipe(tmp_path, **changes)
     found = rehearse(recipe)
     assert sum(found.parts.values()) == found.peak.total
-    slack = 150 * 2**10  # what doesn't grow with the model: larger ones agree to 0.05% (docs/plan-accuracy.md)
+    slack = 64 * 2**10  # what doesn't grow with the model: larger ones agree to 0.05% (docs/plan-accuracy.md)
     assert found.peak.total == pytest.approx(measured(recipe), rel=0.01, abs=slack)
 
 
