@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "frozen": {"recipe", "built", "memory", "models"},
     "filling": {"recipe", "frozen", "spread", "adapt", "built", "memory", "models", "parallel", "pieces", "state"},
     "steps": {"recipe", "optim", "loop", "memory", "parallel", "pieces", "built", "spread", "state"},
-    "budget": {"recipe"},
+    "budget": {"recipe", "parallel"},
     "predictor": {"recipe", "data.examples"},
     **dict.fromkeys(KINDS, BELOW_KINDS),
     "console": {"recipe", "loop"},

@@ -16,16 +16,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from trainwright import budget, build, checkpoint, launch, loop, runfolder, stopping
 from trainwright.console import Display
 from trainwright.loop import Run, StepResult
 from trainwright.machine import matrix_product_rate
 from trainwright.parallel import collectives
 from trainwright.recipe import InputError, Recipe
-from trainwright.recipe.file import changed
 from trainwright.tracking import Silence, Tracker
 
 HELD_OUT = "held_out"
@@ -64,9 +60,9 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False, rank: in
     first = rank == 0
     device = build.choose_device(recipe.run.device)
     _check_agreement("recipe", _essence(recipe), partial(collectives.gather_json, device=device))
-    recipe = _within_budget(recipe, device, quiet or not first)
     books = Tracker(folder, recipe.tracking.tensorboard) if first else Silence()
-    with Display(quiet or not first) as display, books as tracker:
+    with Display(quiet or not first) as display, books as tracker, budget.explaining(recipe):
+        recipe = budget.settled(recipe, device, display.say)
         with display.preparing() as progress:
             run = build.assemble(recipe, progress=progress)
         _check_agreement("data", run.fingerprint, run.share)
@@ -80,25 +76,6 @@ def train(recipe: Recipe, *, resume: bool = False, quiet: bool = False, rank: in
         _announce(session)
         _steps(session)
         return _finish(session)
-
-
-def _within_budget(recipe: Recipe, device: torch.device, quiet: bool) -> Recipe:
-    """The recipe with what its budget of memory asks for; the first process chooses for all."""
-    if recipe.memory.budget is None:
-        return recipe
-    with Display(quiet) as display:
-        wished: Any = {}
-        error = ""
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            display.say(f"budget: looking for what fits into {recipe.memory.budget}")
-            try:
-                wished = budget.within(recipe, dist.get_world_size() if dist.is_initialized() else 1, display.say)
-            except InputError as refused:
-                error = str(refused)
-    keys, error = collectives.gather_json([wished, error], device)[0]
-    if error:
-        raise InputError(error)
-    return changed(recipe, keys)
 
 
 def _check_agreement(what: str, mine: str, share: Callable[[Any], list[Any]]) -> None:

@@ -23,7 +23,6 @@ from trainwright.plan.devices import Curves, Device
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what is measured
 SIZES = {"float32": [16, 128, 512, 1536], "bfloat16": [16, 128, 512, 1536], "float16": [32, 256]}
 BYTES = [2**16, 2**20, 2**23, 2**26]  # in the inner caches, the outer ones, and out of them
 LENGTHS = [128, 512, 1536]
@@ -229,7 +228,8 @@ def _overhead() -> float:
 def _file() -> Path:
     """In the user's cache, named by everything that the rates depend on."""
     packed = hasattr(torch.ops.trainwright, "packed_attention")
-    key = repr((VERSION, _model(), os.cpu_count(), torch.__version__, torch.get_num_threads(), packed))
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    key = repr((source, _model(), os.cpu_count(), torch.__version__, torch.get_num_threads(), packed))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainwright"
     return folder / f"cpu_speed-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
