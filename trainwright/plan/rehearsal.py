@@ -37,7 +37,7 @@ from trainwright.plan.workspace import workspace
 from trainwright.recipe import InputError, Recipe
 
 aten = torch.ops.aten
-FEW = 3  # micro-batches of a step that are taken; those between the first and the last are alike
+FEW = 2  # micro-batches of a step that are taken; all but the last are alike
 
 
 @dataclass(frozen=True)
@@ -260,15 +260,16 @@ def _faked(batch: Any, watching: Watching) -> Any:
 class _Followed(Sequence[Batch]):
     """Batches that tell which of them is in hand: how many labels it has, no fake tensor knows.
 
-    Of many alike only ``most`` are taken, of which all but the first and the last count for those that are left out.
+    Of many alike only ``most`` are taken: the first ones, which count for those that are left out, and at the end the one with
+    the most labels, beside the gradients of the others.
     """
 
     def __init__(self, batches: Sequence[Batch], watching: Watching, most: int) -> None:
         self._watching, count = watching, len(batches)
-        chosen = range(count) if count <= most else [*range(most - 1), count - 1]
+        largest = max(range(count), key=lambda number: (number >= most - 1, batches[number].supervised))
+        chosen = list(range(count)) if count <= most else [*range(most - 1), largest]
         self._batches = [batches[number] for number in chosen]
-        inner = max(1, len(chosen) - 2)
-        self._scales = [1 if number in (0, count - 1) else (count - 2) / inner for number in chosen]
+        self._scales = [1.0] if count == 1 else [(count - 1) / (len(chosen) - 1)] * (len(chosen) - 1) + [1.0]
 
     def __len__(self) -> int:
         return len(self._batches)
