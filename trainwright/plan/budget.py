@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainwright import build, language
+from trainwright.models import pretrained
 from trainwright.parallel.mesh import axis_sizes
 from trainwright.plan import command
 from trainwright.plan.once import prepared_once
@@ -88,14 +89,9 @@ def _combinations(recipe: Recipe, count: int) -> Iterator[Keys]:
     """The recipe as it is first; where optimizer states are doesn't matter to a rehearsal."""
     memory = recipe.memory
     modes = ["none", "selective", "full", "offload"] if memory.checkpointing == "none" else [memory.checkpointing]
-    frozen = ["resident", "stream"] if _streams(recipe) else [memory.frozen]
-    for held, mode, rows in itertools.product(frozen, modes, _rows(recipe, count)):
-        wanted = {
-            "memory.frozen": held,
-            "memory.checkpointing": mode,
-            "training.micro_batch_size": rows,
-        }
-        yield {key: value for key, value in wanted.items() if value != _now(recipe, key)}
+    for held, mode, rows in itertools.product(_bases(recipe), modes, _rows(recipe, count)):
+        wanted = {"memory.checkpointing": mode, "training.micro_batch_size": rows}
+        yield {**held, **{key: value for key, value in wanted.items() if value != _now(recipe, key)}}
 
 
 def _now(recipe: Recipe, key: str) -> Any:
@@ -103,11 +99,13 @@ def _now(recipe: Recipe, key: str) -> Any:
     return getattr(getattr(recipe, section), name)
 
 
-def _streams(recipe: Recipe) -> bool:
-    if not isinstance(recipe.adapt, Lora) or recipe.adapt.base != "plain" or recipe.memory.frozen != "resident":
-        return False
-    source = recipe.model.pretrained or ""
-    return bool(source) and not source.endswith(".gguf") and not source.startswith("smollm2")
+def _bases(recipe: Recipe) -> list[Keys]:
+    """Where frozen weights may be: the same numbers stay in the blocks of a GGUF file, or in a safetensors file."""
+    adapt, name = recipe.adapt, recipe.model.pretrained
+    if not isinstance(adapt, Lora) or name is None or adapt.base != "plain" or recipe.memory.frozen != "resident":
+        return [{}]
+    packed = pretrained.locate(name).kind == "gguf"
+    return [{}, {"adapt.base": "4bit"} if packed else {"memory.frozen": "stream"}]
 
 
 def _rows(recipe: Recipe, count: int) -> list[int | None]:

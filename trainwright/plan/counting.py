@@ -30,6 +30,7 @@ MESSAGES = {
     "broadcast": "broadcast", "send": "send", "alltoall_base_": "all_to_all", "all_to_all_single": "all_to_all",
     "alltoall_": "all_to_all",
 }  # fmt: skip
+UNPACKED = 24  # bytes read and written for a number of a packed weight: three passes in float32
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "_scaled_mm"}
 
 
@@ -64,6 +65,9 @@ class Counts:
         largest = max(tensors + results, key=Tensor.numel, default=None)
         if largest is None:
             return
+        if name.startswith("supplied_linear"):
+            self._supplied(args[0], result, phase)
+            return
         work = Work(
             operator=f"{namespace}.{name}",
             kind=kind_of(operator, name),
@@ -75,6 +79,16 @@ class Counts:
             calls=1,
         )
         self.works[work] += self.scale
+
+    def _supplied(self, x: Tensor, result: Tensor, phase: str) -> None:
+        """A product whose weight is unpacked for it, by passes over float32 numbers."""
+        m, n, k = x.numel() // x.shape[-1], result.shape[-1], x.shape[-1]
+        dtype = str(x.dtype).removeprefix("torch.")
+        moved = (m * n + m * k + n * k) * x.element_size()
+        product = Work("trainwright.supplied_linear", "product", dtype, 2 * m * n * k, moved, (1, m, n, k), phase, 1)
+        unpacking = Work("trainwright.unpack", "elementwise", "float32", n * k, UNPACKED * n * k, (n, k), phase, 1)
+        self.works[product] += self.scale
+        self.works[unpacking] += self.scale
 
     def fuse(self, reads: Sequence[Tensor], result: Tensor, phase: str) -> None:
         """One kernel of joined elementwise work."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 PADDED = 16  # channels
+PORTION = 2**20  # numbers of a weight that are unpacked at once, in float32
 POOLS = (
     aten.max_pool2d_with_indices_backward, aten.avg_pool2d_backward, aten._adaptive_avg_pool2d_backward,
     aten.adaptive_max_pool2d_backward,
@@ -33,6 +34,9 @@ def workspace(operator: Any, args: Any, result: Any) -> int:
     if operator.overloadpacket in POOLS and _last(args[0]) != _last(args[1]):
         indices = sum(_bytes(x) for x in args[2:] if isinstance(x, Tensor))
         return _bytes(result) + indices
+    if operator._schema.name.startswith("trainwright::supplied_linear"):
+        x = args[0]
+        return x.shape[-1] * result.shape[-1] * x.element_size() + 4 * PORTION
     if operator is aten.mkldnn_rnn_layer_backward.default:
         return _recurrent(args[0], args[1:5], args[7], args[10])
     return 0
