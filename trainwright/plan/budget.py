@@ -18,8 +18,9 @@ from trainwright.recipe import InputError, Lora, Recipe, TextData
 
 Keys = dict[str, Any]
 MIB = 2**20
-# Of what a process holds beside live tensors: the allocator's gaps, and what a compiler leaves behind.
-GAPS, COMPILER = 1.08, 130 * MIB
+# What a process on a CPU holds beside live tensors, measured with SmolLM2-135M (docs/memory.md): the allocator's gaps, what a
+# compiler leaves behind, and what unpacking 4-bit weights does to the heap.
+GAPS, COMPILER, UNPACKING = 1.05, 200 * MIB, 140 * MIB
 MOST = 60  # combinations
 
 
@@ -65,7 +66,7 @@ def choose(recipe: Recipe, budget: int, options: command.Options, say: Callable[
                 continue
             offloaded = [(more, other) for more, other in pricing.states(keys, price) if "memory.optimizer_offload" in more]
             for more, one in [({}, price), *offloaded]:
-                needs = _resident(one.bytes, recipe, device.curves is not None)
+                needs = _resident(one.bytes, recipe, keys, device.curves is not None)
                 found.append((needs, one.units / one.seconds, {**keys, **more}))
     fitting = [one for one in found if one[0] <= budget]
     least = min(found, key=lambda one: one[0])
@@ -77,12 +78,13 @@ def choose(recipe: Recipe, budget: int, options: command.Options, say: Callable[
     return Chosen(keys, round(needs), rate, pricing.unit, budget, bool(fitting), reason)
 
 
-def _resident(live: float, recipe: Recipe, on_cpu: bool) -> float:
+def _resident(live: float, recipe: Recipe, keys: Keys, on_cpu: bool) -> float:
     """What a process grows by where so many bytes of tensors are live."""
     if not on_cpu:
         return live
     compiled = recipe.run.compile != "off" and isinstance(recipe.data, TextData)
-    return GAPS * live + (COMPILER if compiled else 0)
+    packed = keys.get("adapt.base", getattr(recipe.adapt, "base", "plain")) == "4bit"
+    return GAPS * live + COMPILER * compiled + UNPACKING * packed
 
 
 def _combinations(recipe: Recipe, count: int) -> Iterator[Keys]:
