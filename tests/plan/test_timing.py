@@ -183,6 +183,20 @@ CURVES = Curves(
 MEASURED = dataclasses.replace(SLOW, name="cpu", curves=CURVES)
 
 
+@pytest.fixture(autouse=True)
+def operators_alone(monkeypatch):
+    """As they were calibrated; what a step adds is tested by itself."""
+    monkeypatch.setattr(timing, "TOGETHER", 1.0)
+
+
+def test_on_a_cpu_operators_take_longer_in_a_step(monkeypatch):
+    work = Work("aten.mm", "product", "float32", 2 * 64**3, 3 * 64 * 64 * 4, (1, 64, 64, 64), "forward", 1)
+    alone, elsewhere = timing.cost(work, MEASURED), timing.cost(work, SLOW)
+    monkeypatch.setattr(timing, "TOGETHER", 1.5)
+    assert timing.cost(work, MEASURED).running == pytest.approx(1.5 * alone.running)
+    assert timing.cost(work, SLOW) == elsewhere
+
+
 def seconds(one, processes=1):
     found = estimate([one], [], MEASURED, processes)
     assert found.launching == pytest.approx(0.5 * one.calls)

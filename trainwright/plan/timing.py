@@ -34,6 +34,7 @@ ATTENTION, ATTENTION_BACKWARD = 0.8, 0.65
 CONVOLUTION = 0.7  # of what products sustain: an assumption
 MEMORY_SHARE = 0.8  # of the bandwidth that streams reach (BabelStream on A100 and H100: 0.85 to 0.9; training is less even)
 LINK_SHARE = 0.8  # of a link's rate that large messages reach (nccl-tests on DGX A100 and H100: 0.77 to 0.85)
+TOGETHER = 1.28  # operators of a step take so much longer on a CPU than by themselves: fitted, see docs/plan-time.md
 HIDING = ("forward", "backward", "loss")
 WORDS = {"compute": "matrix products", "memory": "memory bandwidth", "launching": "launching operators", "links": "links"}
 
@@ -178,6 +179,12 @@ def _parts(tiles: int, k: int, units: int) -> int:
 
 def _measured(work: Work, curves: Curves, share: int) -> Cost:
     """On the calibrated CPU; the rates of products and attention hold their memory traffic."""
+    one = _isolated(work, curves, share)
+    return Cost(TOGETHER * one.running, one.starting, one.memory)
+
+
+def _isolated(work: Work, curves: Curves, share: int) -> Cost:
+    """As it was measured: the same call again and again."""
     if work.kind == "product" and len(work.shape) == 4:
         return Cost(share * work.flops / _product_rate(work, curves), curves.overhead, False)
     if work.kind in ("convolution", "attention") and (rate := _heavy_rate(work, curves)):
