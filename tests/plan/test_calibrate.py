@@ -9,7 +9,7 @@ import torch
 
 from trainwright.plan import calibrate
 from trainwright.plan.devices import find
-from trainwright.plan.timing import estimate
+from trainwright.plan.timing import TOGETHER, estimate
 from trainwright.plan.work import Work
 
 WAYS = ("forward", "backward")
@@ -150,4 +150,4 @@ def test_a_measured_size_is_predicted_as_measured(monkeypatch, tmp_path, measure
     one = Work("aten.mm", "product", "bfloat16", flops, 1, (1, 64, 64, 16), "forward", 5)
     found = estimate([one], [], calibrate.cpu())
     rate = measured.products["bfloat16"][1][1][1][0]
-    assert found.seconds == pytest.approx(5 * (flops / rate + measured.overhead))
+    assert found.seconds == pytest.approx(5 * (TOGETHER * flops / rate + measured.overhead))
