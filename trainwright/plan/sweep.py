@@ -214,9 +214,7 @@ class Pricing:
             yield self._choice({**keys, **more}, change), {**keys, **more}
 
     def confirmed(self, choice: Choice, keys: Keys) -> Choice:
-        """The same from a rehearsal of all blocks, where they were continued."""
-        if self.blocks is None:
-            return choice
+        """The same from a rehearsal of all blocks, and of the states as they are kept."""
         bare = {key: value for key, value in keys.items() if key != "memory.optimizer_offload"}
         price = self._whole_price(bare)
         if keys == bare:
