@@ -106,7 +106,7 @@ def main() -> None:
         return
     from benchmarks.plan import here
 
-    head = f"# Trade-offs of recipes\n\nBy `python -m benchmarks.plan_pictures`, {here()}. Diamonds are measured.\n"
+    head = f"# Trade-offs of recipes\n\nBy `python -m benchmarks.plan_pictures`, {here()}. Crosses are measured.\n"
     PAGE.write_text("\n".join([head, *(section(file, options.points) for file in options.recipes)]), encoding="utf-8")
 
 
