@@ -95,6 +95,8 @@ def test_out_of_memory_is_explained(tmp_path, monkeypatch):
     told = r"out of memory .*the peak is 3 MiB in layers.1 \(backward\): activations 2 MiB. Set a"
     with pytest.raises(RunError, match=told), budget.explaining(recipe):
         torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RunError, match=r"out of memory \(MemoryError\)"), budget.explaining(recipe):
+        raise MemoryError
     with pytest.raises(RuntimeError, match="something else"), budget.explaining(recipe):
         raise RuntimeError("something else")
 

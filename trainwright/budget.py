@@ -54,7 +54,8 @@ def explaining(recipe: Recipe) -> Iterator[None]:
         if not _is_lack(error):
             raise
         found, _ = _asked(recipe, [])
-        raise RunError(f"out of memory ({str(error).splitlines()[0]}). {_where(found)}") from None
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"out of memory ({first}). {_where(found)}") from None
 
 
 def _is_lack(error: Exception) -> bool:

@@ -20,8 +20,6 @@ from trainwright.parallel.sharing import Sharing
 from trainwright.recipe import InputError, Recipe, TextData, TorchOptimizer
 from trainwright.state import Places
 
-WHOLE_MATRICES = ("Muon", "Adafactor")  # optimizers that look at more than one number of a parameter at a time
-
 
 def check(recipe: Recipe, mesh: Mesh) -> None:
     """What must divide, and what needs whole parameters.
@@ -43,7 +41,7 @@ def check(recipe: Recipe, mesh: Mesh) -> None:
     if section.zero and copies == 1:
         raise InputError(f"parallel.zero: {section.zero} has no effect: there is one data rank, so nothing to divide")
     kind = recipe.optimizer.type if isinstance(recipe.optimizer, TorchOptimizer) else ""
-    if kind in WHOLE_MATRICES and (section.zero or mesh.tensor.size > 1):
+    if kind in TorchOptimizer.WHOLE_MATRICES and (section.zero or mesh.tensor.size > 1):
         raise InputError(
             f"optimizer.type: {kind} looks at whole matrices, of which each process would have a part; "
             "set parallel.zero to 0 and tensor to 1, or take another optimizer"

@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from trainwright.memory.files import read_at, write_at
 from trainwright.recipe import InputError
 
 GIB = 2**30
@@ -163,10 +164,6 @@ class Host:
         self._ahead.pop(id(token), None)
 
 
-def _bytes(numbers: Tensor) -> memoryview:
-    return memoryview(cast(Any, numbers.view(torch.uint8).numpy()))
-
-
 class Disk:
     """A file without a name, which is gone when the process is.
 
@@ -186,12 +183,9 @@ class Disk:
         self._free: dict[int, list[int]] = defaultdict(list)
 
     def write(self, numbers: Tensor) -> tuple[int, int]:
-        data = _bytes(numbers)
-        start = self._room(len(data))
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._file, data[done:], start + done)
-        return start, len(data)
+        start = self._room(numbers.nbytes)
+        write_at(self._file, numbers, start)
+        return start, numbers.nbytes
 
     def hint(self, token: tuple[int, int]) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -199,11 +193,7 @@ class Disk:
 
     def read(self, token: tuple[int, int], like: Tensor) -> Tensor:
         numbers = torch.empty(like.numel(), dtype=like.dtype)
-        data, (start, size), done = _bytes(numbers), token, 0
-        while done < size:
-            count = os.preadv(self._file, [data[done:]], start + done)
-            assert count, "the file is shorter than what was written"
-            done += count
+        read_at(self._file, numbers, token[0])
         return numbers.as_strided(like.shape, like.stride())
 
     def forget(self, token: tuple[int, int]) -> None:

@@ -8,12 +8,13 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trainwright.memory.files import read_at, write_at
 from trainwright.recipe import InputError
 
 GIB = 2**30
@@ -127,19 +128,13 @@ class OnDisk:
         numbers = torch.empty(count, dtype=self._dtype)
         if isinstance(numbers, FakeTensor):
             return numbers.to(self._device)
-        data, place, done = _bytes(numbers), self._place(start), 0
-        while done < len(data):
-            got = os.preadv(self._file.number, [data[done:]], place + done)
-            assert got, "the file is shorter than what was written"
-            done += got
+        read_at(self._file.number, numbers, self._place(start))
         return numbers.to(self._device)
 
     def write(self, start: int, values: Tensor) -> None:
         if isinstance(values, FakeTensor):
             return
-        data, place, done = _bytes(values.detach().to("cpu", self._dtype).contiguous()), self._place(start), 0
-        while done < len(data):
-            done += os.pwrite(self._file.number, data[done:], place + done)
+        write_at(self._file.number, values.detach().to("cpu", self._dtype).contiguous(), self._place(start))
 
     def tensors(self) -> list[Tensor]:
         return []
@@ -151,7 +146,3 @@ class OnDisk:
 
     def _place(self, start: int) -> int:
         return self._offset + start * self._dtype.itemsize
-
-
-def _bytes(numbers: Tensor) -> memoryview:
-    return memoryview(cast(Any, numbers.view(torch.uint8).numpy()))

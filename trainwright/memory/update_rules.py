@@ -11,7 +11,6 @@ from trainwright.memory import eight_bit
 from trainwright.models.contract import Change
 from trainwright.recipe import InputError, Memory, Recipe, TorchOptimizer
 
-WHOLE_MATRICES = ("Muon", "Adafactor")  # optimizers that look at more than one number of a parameter at a time
 PLAIN = {"optimizer_states": "plain", "optimizer_offload": "none", "optimizer_in_backward": False}
 
 
@@ -33,7 +32,7 @@ def check(recipe: Recipe) -> None:
         other = "parallel.offload_optimizer: true" if recipe.memory.optimizer_offload == "cpu" else "parallel.engine: torch"
         raise InputError(f"{found[0]}, but DeepSpeed keeps optimizer states its own way; set {other} instead")
     kind = recipe.optimizer.type if isinstance(recipe.optimizer, TorchOptimizer) else ""
-    if kind in WHOLE_MATRICES and (found or recipe.precision == "pure_bf16"):
+    if kind in TorchOptimizer.WHOLE_MATRICES and (found or recipe.precision == "pure_bf16"):
         raise InputError(
             f"{(found or ['precision: pure_bf16'])[0]}, but {kind} looks at whole matrices, and updates are made in portions; "
             f"take another optimizer, such as adamw, or leave that out"

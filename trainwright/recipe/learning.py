@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -176,6 +176,8 @@ class Adadelta(OptimizerBase):
 
 class TorchOptimizer(OptimizerBase):
     """Any other class of torch.optim, by its name."""
+
+    WHOLE_MATRICES: ClassVar = ("Muon", "Adafactor")  # classes that look at more than one number of a parameter at a time
 
     name: Literal["torch"]
     type: str = Field(description="such as NAdam, RAdam or Adamax")

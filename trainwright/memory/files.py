@@ -1,0 +1,34 @@
+"""Tensors' numbers to and from a file, whole: the system may write or read less than it is asked for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+def raw(numbers: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, in its own memory."""
+    return memoryview(cast(Any, numbers.view(torch.uint8).numpy()))
+
+
+def write_at(file: int, numbers: Tensor, offset: int) -> None:
+    """Put all of them there.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    data, done = raw(numbers), 0
+    while done < len(data):
+        done += os.pwrite(file, data[done:], offset + done)
+
+
+def read_at(file: int, numbers: Tensor, offset: int) -> None:
+    """Fill them from there."""
+    data, done = raw(numbers), 0
+    while done < len(data):
+        got = os.preadv(file, [data[done:]], offset + done)
+        assert got, "the file is shorter than what was written"
+        done += got
