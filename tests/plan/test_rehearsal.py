@@ -15,6 +15,7 @@ from trainwright.recipe import InputError
 
 TEXT = {"training__batch_size": 8, "training__micro_batch_size": 4}
 LORA = {"method": "lora", "rank": 4}
+PHASES = ("forward", "backward")
 CASES = {
     "decoder": (tiny, TEXT),
     "lora, bf16": (tiny, {**TEXT, "adapt": LORA, "precision": "bf16"}),
@@ -172,3 +173,10 @@ def _nothing_is_left():
     assert torch.empty(1).device.type == "cpu"
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     assert torch.utils.swap_tensors.__module__ == "torch.utils"
+
+
+def test_micro_batches_that_are_left_out_count(tmp_path):
+    recipe = tiny.recipe(tmp_path, training={"steps": 6, "batch_size": 8, "micro_batch_size": 1})
+    works = rehearse(recipe).counts.all_works()
+    calls = {phase: sum(w.calls for w in works if "packed_attention" in w.operator and w.phase == phase) for phase in PHASES}
+    assert calls == dict.fromkeys(PHASES, 2 * 8)  # layers x micro-batches, of which two were taken
