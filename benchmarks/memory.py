@@ -6,7 +6,8 @@ checkpointing   memory.checkpointing none, full, selective and offload, compiled
                 model with PEFT (bf16 weights, SDPA), without and with gradient_checkpointing=True
 stream          a model larger than its memory: see ``memory_stream``
 budgets         LoRA (one row of 512 tokens at a time) and a full fine-tune by settings that take less and less memory; of each
-                the process's peak less what it held after the imports (VmHWM - VmRSS), and tokens/s
+                the process's peak less what it held after the imports (VmHWM - VmRSS), and tokens/s; weights from a file in
+                bfloat16, as models are published
 accuracy        the held-out loss of recipes/docstrings.yaml after a few steps, by ways of storing and rounding
 
 Bytes of the first case are those of live tensors, as PyTorch's profiler sees each allocation of the CPU, compiled or not:
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -41,6 +44,7 @@ LENGTH, ROWS, WIDTH, BLOCKS = 512, 2, 576, 30
 MODES = ("none", "full", "selective", "offload")
 PEERS = ("peer none", "peer full")
 INPUTS = BLOCKS * ROWS * LENGTH * WIDTH * 2  # bytes of the residual stream in bf16 before each block
+FILE, PUBLISHED = "model.safetensors", "base-bf16"
 BUDGETS = {"dense": 450.0, "full": 1536.0}  # MiB on top of the imports
 ONE, CKPT = {"training.micro_batch_size": 1}, {"memory.checkpointing": "full"}
 LORA_4BIT = {"adapt": {"method": "lora", "rank": 16, "alpha": 32, "base": "4bit"}}
@@ -58,6 +62,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, full, 1, stream, disk": ("dense", {**ONE, **CKPT, **STREAM, **DISK}),
     "lora, full, 1, stream, 8bit": ("dense", {**ONE, **CKPT, **STREAM, **EIGHT}),
     "tuned": ("full", {}),
+    "tuned, 8bit, early": ("full", {**EIGHT, **EARLY}),
+    "tuned, full, 8bit, early": ("full", {**CKPT, **EIGHT, **EARLY}),
     "tuned, full, disk": ("full", {**CKPT, **DISK}),
     "tuned, full, disk, early": ("full", {**CKPT, **DISK, **EARLY}),
     "tuned, full, disk, early, eager": ("full", {**CKPT, **DISK, **EARLY, **EAGER}),
@@ -214,7 +220,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         rows = {"tokens": file["tokens"][: ROWS * (options.steps + 2)]}
     content = own_finetune.documents(rows)
     case, keys = SETTINGS[name]
-    recipe = changed(own_finetune.recipe(case, options.steps, str(options.work / "base")), keys)
+    recipe = changed(own_finetune.recipe(case, options.steps, str(options.work / PUBLISHED)), keys)
     run = build.assemble(recipe, splits=TextSplits(content, None, cached=True))
     built, results = bytes_of("VmHWM"), list(loop.train(run))
     seconds = statistics.median(result.seconds for result in results[options.warmup :])
@@ -226,6 +232,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 def budgets(options: argparse.Namespace) -> dict[str, Any]:
     """All settings, or those that ``--settings`` names, in turn; their speed relative to the first of the same case."""
+    _publish(options.work)
     found: dict[str, Any] = {}
     for name, (case, keys) in SETTINGS.items():
         if not options.settings or name in options.settings.split(";"):
@@ -237,6 +244,14 @@ def budgets(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: {result['peak_mib']:.0f} MiB ({result['built_mib']:.0f} built), "
                   f"{result['tokens_per_second']:.0f} tokens/s, {result['speed']:.2f}", file=sys.stderr)  # fmt: skip
     return found
+
+
+def _publish(work: Path) -> None:
+    """The base in bfloat16."""
+    source, target = work / "base" / FILE, work / PUBLISHED
+    if not (target / FILE).exists():
+        shutil.copytree(work / "base", target, ignore=shutil.ignore_patterns(FILE), dirs_exist_ok=True)
+        save_file({name: tensor.bfloat16() for name, tensor in load_file(source).items()}, target / FILE, {"format": "pt"})
 
 
 def accuracy(options: argparse.Namespace) -> dict[str, Any]:

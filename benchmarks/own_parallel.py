@@ -45,7 +45,7 @@ Theory = Callable[[loop.Run, int], dict[str, float]]  # of a run and its rows' l
 
 CPU = torch.device("cpu")
 ROWS = 4  # of a global batch of SmolLM2; a process takes two at once
-IMAGES = 16  # of a global batch of images
+IMAGES = 64  # of a global batch of images: 32 for each of two processes, as ResNets are usually trained
 IMAGE_FILE, TOKENIZER = "parallel-images.npz", "parallel-tokenizer"
 SMALL = {
     "vocab_size": 512, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,

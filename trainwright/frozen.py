@@ -147,4 +147,7 @@ def _streamed(layers: Mapping[str, nn.Linear], shown: str) -> Change:
         f"{len(sizes)} weights, {sum(sizes) / MIB:,.1f} MiB, stay in {shown} and are read for each product; "
         f"two at a time are in memory, {2 * max(sizes) / MIB:,.1f} MiB"
     )
-    return Change("streaming", summary, tuple(layers))
+    kinds = {(vars(layer)["stored"].dtype, layer.weight.dtype) for layer in layers.values()}
+    turned = sorted(f"{str(stored)[6:]} to {str(used)[6:]}" for stored, used in kinds if stored != used)
+    slow = f"; each reading turns {', '.join(turned)}: a file in that dtype would be read faster" if turned else ""
+    return Change("streaming", summary + slow, tuple(layers))
