@@ -271,6 +271,7 @@ def test_a_run_folder_is_not_a_recipe(file: Path) -> None:
             {"precision": "bf61"},
             "precision: found the text 'bf61'; must be 'auto', 'fp32', 'bf16', 'pure_bf16', 'fp16' or 'fp64' (did you mean",
         ),
+        ({"parallel": {"zero": "two"}}, "parallel.zero: found the text 'two'; must be 0, 1, 2 or 3"),
         (
             {"precision": "BF16"},
             "precision: found the text 'BF16'; must be 'auto', 'fp32', 'bf16', 'pure_bf16', 'fp16' or 'fp64' (did you mean",

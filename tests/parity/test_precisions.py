@@ -34,15 +34,6 @@ COMBINATIONS: dict[str, tuple[int, dict[str, Any], str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A small Llama, and data with ragged lengths."""
-    place = tmp_path_factory.mktemp("precisions")
-    tiny.model(place / "base")
-    tiny.pairs(place / "pairs.jsonl", 60)
-    return place
-
-
-@pytest.fixture(scope="module")
 def plain(folder) -> dict[tuple[str, str], together.Trace]:
     """One process."""
     return {

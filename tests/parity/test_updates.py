@@ -62,15 +62,6 @@ def many(folder: Path, changes: dict[str, Any], *args: Any) -> list[Found]:
     return ranks.run(2, trace, str(folder), {**TEXT, **changes}, *args)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A Llama of 2 blocks, and data with ragged lengths."""
-    place = tmp_path_factory.mktemp("updates")
-    tiny.model(place / "base")
-    tiny.pairs(place / "pairs.jsonl", 60)
-    return place
-
-
 @pytest.mark.parametrize("name", DIVIDED)
 def test_the_same_bits(name, folder):
     (steps, values, _), *_ = many(folder, DIVIDED[name])

@@ -1,12 +1,15 @@
 """Compiled blocks on tensors without values: fewer results are written, the same products are made."""
 
 import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests import tiny
-from trainwright.plan.compiling import Compiler
+from trainwright.plan.compiling import Compiler, _Kernels
 from trainwright.plan.rehearsal import rehearse
 
 TEXT = {"training__batch_size": 4, "training__micro_batch_size": 4}
+KINDS = ("all_gather", "reduce_scatter")
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +55,51 @@ def test_what_is_computed_again_is_counted_again(tmp_path, pair):
     full = rehearse(tiny.recipe(tmp_path, **TEXT, run__compile="on", memory={"checkpointing": "full"}))
     assert products(full) > products(pair[1])
     assert full.parts["activations"] < pair[1].parts["activations"]
+
+
+def selected(tmp):
+    return rehearse(tiny.recipe(tmp, **TEXT, run__compile="on", memory={"checkpointing": "selective"}))
+
+
+def test_a_checkpointed_graph_is_cut_where_the_policy_says(tmp_path, pair):
+    """As in a compiled run: products are kept, and what only elementwise work needs is computed again in the backward graph."""
+    kept = selected(tmp_path)
+    assert products(kept) == products(pair[1])
+    assert kept.parts["activations"] < pair[1].parts["activations"]
+
+
+def test_what_is_shared_between_rehearsals_knows_how_blocks_are_checkpointed(tmp_path):
+    compiler, found = Compiler(), []
+    for mode in ("full", "selective", "none", "full"):
+        recipe = tiny.recipe(tmp_path, **TEXT, run__compile="on", memory={"checkpointing": mode})
+        found.append(rehearse(recipe, compiler=compiler).peak.total)
+    assert found[0] == found[3] < found[1] < found[2]
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_blocks_that_processes_share_send_what_uncompiled_ones_do(tmp_path, mode):
+    """A block that is computed again sends again, but for what no gradient needs: its last sum."""
+    compiler, sums = Compiler(), []
+    for tensor, compile_ in ((2, "off"), (2, "on"), (1, "on")):
+        keys = {"parallel__tensor": tensor, "memory": {"checkpointing": mode}, "run__compile": compile_}
+        found = rehearse(tiny.recipe(tmp_path, **TEXT, **keys), tensor, compiler=compiler)
+        assert not found.counts.unknown
+        sums.append({kind: sum(m.calls * m.bytes for m in found.counts.all_messages() if m.kind == kind) for kind in KINDS})
+        assert products(found) > 0
+    if mode == "none":
+        assert sums[0] == sums[1]
+    assert 0 < sums[1]["all_gather"] <= sums[0]["all_gather"]
+    assert sums[2] == dict.fromkeys(KINDS, 0)
+
+
+def test_what_reads_the_same_inputs_is_one_kernel():
+    """Both results of an input are made before the product that needs the first, as inductor lays them out."""
+
+    def function(x, weight):
+        first = x.sin()
+        return first @ weight, (x + 1).exp().clone() @ weight
+
+    graph = make_fx(function)(torch.randn(8, 8), torch.randn(8, 8))
+    names = [node.name for node in _Kernels(graph, Compiler())._nodes if node.op == "call_function"]
+    assert names.index("clone") < names.index("mm") < names.index("mm_1")
+    assert names.index("sin") < names.index("mm")

@@ -7,8 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
+from trainwright.memory import selective
 from trainwright.models import catalogue
-from trainwright.plan.counting import Counts
+from trainwright.plan.compiling import HEAVY
+from trainwright.plan.counting import PRODUCTS, Counts
 from trainwright.plan.rehearsal import rehearse
 from trainwright.recipe import Task
 
@@ -90,3 +92,9 @@ def test_what_is_unknown_is_told():
     counts.count(torch.ops.aten.add.Tensor, (x, x), {}, x, "forward")
     assert dict(counts.unknown) == {"planning.own": 1}
     assert {work.operator: work.bytes for work in counts.all_works()} == {"planning.own": 24, "aten.add": 36}
+
+
+def test_products_are_one_list():
+    assert selective.PRODUCTS.keys() == {f"aten::{name}" for name in PRODUCTS}
+    assert HEAVY > PRODUCTS
+    assert all(hasattr(torch.ops.aten, name) for name in HEAVY)

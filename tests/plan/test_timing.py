@@ -1,10 +1,12 @@
 """Times of invented work against sums made by hand."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
 
+from trainwright.parallel.pipeline_split import bubble
 from trainwright.plan import timing
 from trainwright.plan.devices import Curves, Device, find
 from trainwright.plan.timing import estimate, idle_share, message_time, tiling
@@ -158,6 +160,10 @@ def test_a_pipeline_waits():
     assert idle_share(1, 8) == 0
     assert idle_share(4, 8) == pytest.approx(3 / 8)
     assert idle_share(4, 8, chunks=2) == pytest.approx(3 / 16)
+    assert idle_share(4, 2) == pytest.approx(3 / 2)
+    for shape in itertools.product((1, 2, 4, 8), (1, 2, 3, 8, 32), (1, 2, 4)):
+        waits = bubble(*shape)
+        assert idle_share(*shape) == pytest.approx(waits / (1 - waits), abs=1e-12)
     works = [work(bytes=40, phase="forward"), work(bytes=40, phase="backward"), work(bytes=80, phase="optimizer")]
     found = estimate(works, [message("send", 12)], SLOW, bubble=0.5)  # 3.5 seconds
     assert found.bubble == pytest.approx(0.5 * (10 + 3.5))

@@ -102,7 +102,7 @@ def twice(model):
         ({"skip": 1}, "parameters", "0.weight"),
         ({"change": lambda model: model[3].bias.requires_grad_(False)}, "parameters", "3.bias"),
     ],
-    ids=str,
+    ids=["half a loss", "statistics twice", "too few steps", "a skipped step", "a frozen bias"],
 )
 def test_mistakes_are_found(settings, what, where, truth):
     verdict = prove(trained, lambda: trained(**settings), precise=truth, start=lambda: trained(steps=0))

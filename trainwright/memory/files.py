@@ -26,9 +26,15 @@ def write_at(file: int, numbers: Tensor, offset: int) -> None:
 
 
 def read_at(file: int, numbers: Tensor, offset: int) -> None:
-    """Fill them from there."""
+    """Fill them from there.
+
+    Raises:
+        OSError: the disk refuses.
+        EOFError: the file ends before they are full.
+    """
     data, done = raw(numbers), 0
     while done < len(data):
         got = os.preadv(file, [data[done:]], offset + done)
-        assert got, "the file is shorter than what was written"
+        if not got:
+            raise EOFError(f"the file ends {len(data) - done} bytes too early")
         done += got

@@ -14,11 +14,11 @@ from itertools import count
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from trainwright.memory.files import read_at
 from trainwright.recipe import RunError
 
 TICKET = "ticket"  # a layer's parameter: which weight is its own
@@ -124,7 +124,7 @@ class Reader:
         self.reads += 1
         target = self._place(slot, dtype)[: prod(stored.shape)]
         if dtype == stored.dtype:
-            _fill(self._files[stored.path], stored, target.view(torch.uint8))
+            _fill(self._files[stored.path], stored, target)
         else:
             if len(self._raw) < self._largest * stored.dtype.itemsize:
                 self._raw = torch.empty(self._largest * stored.dtype.itemsize, dtype=torch.uint8)
@@ -146,12 +146,9 @@ def _fill(file: int, stored: Stored, numbers: Tensor) -> None:
     Raises:
         RunError: the file has become shorter, or can't be read any more.
     """
-    data, done = memoryview(cast(Any, numbers.numpy())), 0
-    while done < len(data):
-        try:
-            size = os.preadv(file, [data[done:]], stored.offset + done)
-        except OSError as error:
-            raise RunError(f"memory.frozen: {stored.path} can't be read any more ({error.strerror})") from None
-        if not size:
-            raise RunError(f"memory.frozen: {stored.path} has become shorter while the run reads its weights from it")
-        done += size
+    try:
+        read_at(file, numbers, stored.offset)
+    except EOFError:
+        raise RunError(f"memory.frozen: {stored.path} has become shorter while the run reads its weights from it") from None
+    except OSError as error:
+        raise RunError(f"memory.frozen: {stored.path} can't be read any more ({error.strerror})") from None

@@ -16,6 +16,7 @@ from trainwright.parallel.pipeline_split import split
 from trainwright.pieces import local
 
 Schedule = Literal["1f1b", "gpipe", "interleaved"]
+CHUNKS = 2  # stages of a process where they are interleaved
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ def apply(model: nn.Module, axis: Axis, schedule: Schedule, *, virtual: int | No
     Comes after what decides which parameters learn (adapt), and after their shapes are final (tensor parallelism).
 
     Args:
-        virtual: stages of each process where the schedule is interleaved; 2 by default.
+        virtual: stages of each process where the schedule is interleaved; by default ``CHUNKS``.
 
     Raises:
         InputError: the model can't be cut, or not into so many stages.
     """
     assert axis.size > 1
-    each = (virtual or 2) if schedule == "interleaved" else 1
+    each = (virtual or CHUNKS) if schedule == "interleaved" else 1
     stages = split(model, axis.size, each)
     mine = tuple(range(axis.index, len(stages), axis.size))
     flows, shared = _flows(model, stages), _shared(model, stages, axis)

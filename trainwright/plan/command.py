@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trainwright import build, language
+from trainwright.parallel import pipeline
 from trainwright.parallel.mesh import axis_sizes
 from trainwright.plan import devices, idle
 from trainwright.plan.compiling import Compiler
@@ -26,8 +27,6 @@ ELSEWHERE = (
     "memory is that of the CPU's code paths: FSDP2 on an accelerator gathers one more block ahead, and kernels have workspaces"
 )
 BY_DEEPSPEED = "parallel.engine: deepspeed isn't rehearsed; these are the figures of torch's at the same ZeRO stage"
-
-APART = "blocks that tensor ranks share are rehearsed uncompiled: a compiler joins more, so a run takes less memory than this"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def put_together(
         timing,
         notes,
         {name: round(calls) for name, calls in largest.counts.unknown.items()},
-        idle.options(recipe, largest),
+        idle.options(recipe, largest, on_cpu=device.curves is not None),
     )
     rate = largest.units * copies / timing.seconds
     budget = asked.budget or device.memory
@@ -136,9 +135,6 @@ def settled(recipe: Recipe, device: Device, count: int) -> tuple[Recipe, list[st
     if recipe.parallel.engine == "deepspeed":
         keys["parallel.engine"] = "torch"
         notes.append(BY_DEEPSPEED)
-    if recipe.parallel.tensor > 1 and recipe.run.compile != "off":
-        keys["run.compile"] = "off"
-        notes.append(APART)
     if device.curves is None:
         notes.append(ELSEWHERE)
         keys |= _chosen_elsewhere(recipe, device, keys["parallel.data"])
@@ -168,5 +164,6 @@ def rehearse_stages(recipe: Recipe, count: int, splits: Any = None, compiler: Co
 
 def _timing(one: Rehearsed, recipe: Recipe, device: Device, count: int) -> Timing:
     stages = recipe.parallel.pipeline
-    bubble = idle_share(stages, one.micro_batches) if stages > 1 else 0.0
+    chunks = pipeline.CHUNKS if recipe.parallel.schedule == "interleaved" else 1
+    bubble = idle_share(stages, one.micro_batches, chunks) if stages > 1 else 0.0
     return estimate(one.counts.all_works(), one.counts.all_messages(), device, count, bubble)

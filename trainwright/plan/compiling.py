@@ -9,27 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.traceback import preserve_node_meta
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from trainwright.memory import selective
 from trainwright.memory.checkpointing import Offloaded, Recomputed, Segmented
+from trainwright.parallel.mesh import Axis
+from trainwright.plan.counting import PRODUCTS, messages_traced
 
 Pause = Callable[[], AbstractContextManager[object]]
 Fused = Callable[[Sequence[Tensor], Tensor], None]
+Policy = Callable[..., CheckpointPolicy]
 NOTHING = nn.Module()
-AROUND = (Recomputed, Offloaded, Segmented)  # classes whose forward is around a block's own
-HEAVY = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "convolution_backward", "sort", "topk", "index_put",
-         "embedding_dense_backward", "_scaled_mm", "cumsum", "scatter", "scatter_add", "index_add", "multinomial"}  # fmt: skip
+AROUND = (Offloaded, Segmented)  # classes whose forward is never a part of what is compiled
+KERNELS = {"convolution", "convolution_backward", "sort", "topk", "index_put", "embedding_dense_backward", "cumsum", "scatter",
+           "scatter_add", "index_add", "multinomial"}  # fmt: skip
+HEAVY = PRODUCTS | KERNELS
 
 
 class Compiler:
@@ -49,22 +58,23 @@ class Compiler:
         self.pause, self.fused = pause, fused
 
     def compile(self, forward: Any) -> Any:
-        """A function, or the forward of a block, as it would be compiled; what recomputes a block stays around it."""
+        """A function, or the forward of a block, as it would be compiled; what can't be a part of a graph stays around it."""
         block: nn.Module | None = getattr(forward, "__self__", None)
         if block is None:
             return lambda *args, **kwargs: self.run(forward, NOTHING, args, kwargs)
         block.__class__ = _within(type(block), self)
         return getattr(block, "forward")  # noqa: B009  (a bound method of the new class)
 
-    def run(self, forward: Callable[..., Any], block: nn.Module, args: Any, kwargs: Any) -> Any:
-        """One call of a block's own forward."""
+    def run(self, forward: Callable[..., Any], block: nn.Module, args: Any, kwargs: Any, policy: Policy | None = None) -> Any:
+        """One call of a block's own forward; ``policy`` says what becomes of each result of a checkpointed one."""
         named = {**dict(block.named_parameters()), **dict(block.named_buffers())}
         flat, spec = tree_flatten((args, kwargs))
         places = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
         tensors = [flat[place] for place in places]
-        key = _key(block, list(named.values()), tensors, [x for x in flat if not isinstance(x, Tensor)])
+        others = [None if isinstance(value, Tensor) else value for value in flat]
+        key = _key(block, list(named.values()), tensors, [policy, *others])
         if key not in self._functions:
-            names, others = list(named), [None if isinstance(value, Tensor) else value for value in flat]
+            names = list(named)
 
             def plain(values: list[Tensor], inputs: list[Tensor]) -> Any:
                 whole = list(others)
@@ -74,7 +84,8 @@ class Compiler:
                 with _reparametrize_module(block, dict(zip(names, values, strict=True)), tie_weights=True):
                     return forward(*given, **options)
 
-            self._functions[key] = self._traced(plain, list(named.values()), tensors)
+            traced = plain if policy is None else partial(_recomputed, plain, policy)
+            self._functions[key] = self._traced(traced, list(named.values()), tensors)
         return self._functions[key](list(named.values()), tensors)
 
     def _traced(self, plain: Callable[..., Any], values: list[Tensor], tensors: list[Tensor]) -> Callable[..., Any]:
@@ -88,7 +99,7 @@ class Compiler:
         with self.pause():  # new ones: the graphs remember what they were traced with
             like = tree_map_only(Tensor, _like, (values, tensors))
         # The trace itself isn't part of the run, nor anything that waits for a backward.
-        with _disable_current_modes(), saved_tensors_hooks(lambda x: x, lambda x: x):
+        with _disable_current_modes(), saved_tensors_hooks(lambda x: x, lambda x: x), messages_traced():
             function(*like)
         return function
 
@@ -106,6 +117,27 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).requires_grad_(x.requires_grad)
 
 
+def _recomputed(forward: Callable[..., Any], policy: Policy, values: list[Tensor], inputs: list[Tensor]) -> Any:
+    """A checkpointed forward as ``torch.compile`` traces one: its nodes get the marks that the partition obeys.
+
+    Source: ``torch._higher_order_ops.wrap.tag_activation_checkpoint_impl``.
+    """
+
+    def contexts() -> Any:
+        first, again = create_selective_checkpoint_contexts(policy)
+        setattr(first, "ac_graph_id", 0)  # noqa: B010  (torch's type of it has none; a block is one region)
+        return first, again
+
+    with preserve_node_meta():
+        return checkpoint(
+            forward, values, inputs, use_reentrant=False, preserve_rng_state=False, early_stop=False, context_fn=contexts
+        )
+
+
+def _nothing_kept(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def _partition(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
     """As inductor does it."""
     joint_graph_passes(module)
@@ -113,12 +145,17 @@ def _partition(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
 
 
 def _within(kind: type[nn.Module], compiler: Compiler) -> type[nn.Module]:
-    """A class like this one whose innermost forward is compiled."""
+    """A class like this one, compiled but for what is around."""
     if kind.__bases__ and kind.__bases__[0] in AROUND:
         return type(kind.__name__, (kind.__bases__[0], _within(kind.__bases__[1], compiler)), {})
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return compiler.run(kind.forward.__get__(self), self, args, kwargs)
+    checkpointed = issubclass(kind, Recomputed)
+    own: Any = kind.__bases__[1] if checkpointed else kind
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        again = checkpointed and torch.is_grad_enabled()
+        policy = (selective.policy if self.selects else _nothing_kept) if again else None
+        return compiler.run(own.forward.__get__(self), self, args, kwargs, policy)
 
     return type(f"Compiled{kind.__name__}", (kind,), {"forward": forward})
 
@@ -127,7 +164,15 @@ def _key(block: nn.Module, values: list[Tensor], tensors: list[Tensor], others: 
     shapes = tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in (*values, *tensors))
     kinds = tuple(type(module) for module in block.modules())[block is not NOTHING :]
     mode = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), block.training
-    return kinds, shapes, mode, str(others)
+    return kinds, shapes, mode, str(others), _groups(block)
+
+
+def _groups(block: nn.Module) -> frozenset[Any]:
+    """The processes that a graph's messages go to, which it knows by a name alone."""
+    held = [value for module in block.modules() for value in vars(module).values()]
+    axes = [value if isinstance(value, Axis) else getattr(value, "axis", None) for value in held]
+    groups = [axis.group for axis in axes if isinstance(axis, Axis) and axis.group is not None]
+    return frozenset((group.group_name, *dist.get_process_group_ranks(group)) for group in groups)
 
 
 class _Kernels:
@@ -137,6 +182,7 @@ class _Kernels:
         self._module, self._nodes, self._compiler = module, list(module.graph.nodes), compiler
         self._written = self._choose()
         self._sources = self._read()
+        self._join()
         self._last = self._lives()
 
     def _choose(self) -> set[fx.Node]:
@@ -167,6 +213,44 @@ class _Kernels:
                 sources |= {one} if one in self._written or one.op == "placeholder" else found[one]
             found[node] = sources
         return found
+
+    def _join(self) -> None:
+        """Put side by side what inductor makes one kernel of: work of one size on the same inputs of the graph.
+
+        Later results aren't looked at: their memory is used again by what reads them last, so that joining costs nothing.
+        """
+        group: dict[fx.Node, list[fx.Node]] = {}
+        for node in reversed([node for node in self._nodes if node in self._written and _joins(node)]):
+            after = self._after(node)
+            others = [members for one, members in group.items() if self._alike(node, one) and after.isdisjoint(members)]
+            group[node] = others[-1] if others else []
+            if others:
+                self._sink(node, group[node], after)
+            group[node].insert(0, node)
+
+    def _alike(self, one: fx.Node, other: fx.Node) -> bool:
+        shared = self._sources[one] & self._sources[other]
+        return _size(one) == _size(other) and any(x.op == "placeholder" and _size(x) == _size(one) for x in shared)
+
+    def _after(self, node: fx.Node) -> set[fx.Node]:
+        """Those that need it, with itself."""
+        found = {node}
+        for one in self._nodes[self._nodes.index(node) + 1 :]:
+            if not found.isdisjoint(one.all_input_nodes):
+                found.add(one)
+        return found
+
+    def _sink(self, node: fx.Node, members: list[fx.Node], after: set[fx.Node]) -> None:
+        """Move it before the first of others, and what needs it behind the last."""
+        start, end = self._nodes.index(node), self._nodes.index(members[-1]) + 1
+        stay = [one for one in self._nodes[start:end] if one not in after]
+        place = stay.index(members[0])
+        self._nodes[start:end] = [
+            *stay[:place],
+            node,
+            *stay[place:],
+            *(x for x in self._nodes[start:end] if x in after - {node}),
+        ]
 
     def _lives(self) -> dict[fx.Node, list[fx.Node]]:
         """After which node each value is forgotten."""
@@ -226,6 +310,15 @@ def _users(node: fx.Node) -> list[fx.Node]:
 def _name(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
     return schema.name.partition("::")[2] if schema is not None else ""
+
+
+def _size(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+def _joins(node: fx.Node) -> bool:
+    return not (_is_heavy(node) or _is_reduction(node) or _is_view(node))
 
 
 def _is_view(node: fx.Node) -> bool:

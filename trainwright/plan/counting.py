@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed._functional_collectives import _remap_traceable_collective, traceable_collective_remaps
 from torch.distributed.distributed_c10d import GroupName
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from trainwright.memory import selective
 from trainwright.plan.work import Message, Work
 
 KNOWN = {"aten", "prims", "prim", "c10d", "_c10d_functional", "trainwright", "fsdp", "profiler", "torch_attn"}
@@ -31,7 +35,7 @@ MESSAGES = {
     "alltoall_": "all_to_all",
 }  # fmt: skip
 UNPACKED = 24  # bytes read and written for a number of a packed weight: three passes in float32
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "_scaled_mm"}
+PRODUCTS = {name.removeprefix("aten::") for name in selective.PRODUCTS}
 
 
 class Counts:
@@ -117,6 +121,8 @@ class Counts:
         group = _group(args)
         size, stride = (1, 1) if group is None else (group.size(), _stride(group))
         sizes = [x.numel() * x.element_size() for x in tensors]
+        if kind == "all_gather":  # of a graph, whose collectives don't get their output as an argument
+            sizes += [x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, Tensor)]
         amount = max(sizes, default=0) if kind in ("all_gather", "reduce_scatter") else sum(sizes[:1])
         if size > 1:
             self.messages[Message(kind, amount, size, stride, 1, phase == "backward" or kind == "all_gather")] += self.scale
@@ -128,6 +134,24 @@ class Counts:
     def all_messages(self) -> list[Message]:
         """With the number of their calls in a step."""
         return [replace(message, calls=round(count)) for message, count in self.messages.items()]
+
+
+@contextmanager
+def messages_traced() -> Iterator[None]:
+    """While collectives become operators of a graph, as dynamo makes them; in a backward no mode would see them."""
+
+    def functional(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            found = _remap_traceable_collective(collective, args, kwargs)
+            assert found is not None
+            return found[0](*found[1], **found[2])
+
+        return called
+
+    with ExitStack() as stack:
+        for collective in traceable_collective_remaps:
+            stack.enter_context(mock.patch.object(dist, collective.__name__, functional(collective)))
+        yield
 
 
 def _changed(operator: Any, args: Any) -> list[Tensor]:

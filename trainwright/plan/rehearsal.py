@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from trainwright import build, loop
@@ -117,8 +117,8 @@ class Watching(TorchDispatchMode):
             self.paused = before
 
     def fused(self, reads: Sequence[Tensor], result: Tensor) -> None:
-        """A kernel of joined work wrote this."""
-        if not self.paused:
+        """A kernel of joined work wrote this; what runs while a graph is traced, without modes, is no part of the run."""
+        if not self.paused and self in _get_current_dispatch_mode_stack():
             self.ledger.see(result)
             self.counts.fuse(reads, result, self.moments.now()[0])
 

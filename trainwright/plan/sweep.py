@@ -6,28 +6,30 @@ twice, and continued to all. What no other beats is then rehearsed whole.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainwright import build
-from trainwright.plan import command, page, pareto
+from trainwright.plan import command, page, pareto, workers
+from trainwright.plan.axes import combinations
 from trainwright.plan.command import Options, Planned
 from trainwright.plan.compiling import Compiler
 from trainwright.plan.devices import Device
 from trainwright.plan.once import prepared_once
 from trainwright.plan.pareto import Choice
-from trainwright.recipe import InputError, Lora, Recipe, TextData
+from trainwright.recipe import InputError, Recipe, TextData
 from trainwright.recipe.file import changed
 
 Keys = dict[str, Any]
+Found = tuple[Choice, Keys]
 Say = Callable[[str], None]
 DEPTHS = (2, 4)  # blocks of a stage that are rehearsed
-MOST = 600
+ANYHOW = ("parallel.zero", "parallel.data")  # blocks are compiled the same
 ACCURACY = {"fp32": "exact", "fp64": "exact"}  # by precision; the others are "bf16"
 DISK = 1.5e9  # bytes a second of a drive, each way: an assumption, told in the notes
 NOTE = f"offloaded states are taken to travel at {DISK / 1e9:g} GB/s"
@@ -63,7 +65,7 @@ class Swept:
 
 
 def sweep(recipe: Recipe, options: Options, out: Path, say: Say = lambda text: None) -> Swept:
-    """Try all combinations of ``axes``, and write what was found as a page, a picture and JSON into a folder.
+    """Try all ``combinations``, and write what was found as a page, a picture and JSON into a folder.
 
     Raises:
         InputError: the recipe itself is refused, or nothing can be written.
@@ -73,26 +75,69 @@ def sweep(recipe: Recipe, options: Options, out: Path, say: Say = lambda text: N
     budget = options.budget or device.memory
     refused: dict[str, int] = {}
     found: dict[str, tuple[Choice, Keys]] = {}
-    with prepared_once():
-        pricing = Pricing(recipe, device, count, budget)
-        pricing.whole({})  # the recipe as it is must be possible
-        grid = list(combinations(recipe, count))
-        for number, keys in enumerate(grid, 1):
-            say(f"{number} of {len(grid)}: {words(keys)}") if number % 20 == 1 else None
-            try:
-                for choice, more in pricing.choices(keys):
-                    found[choice.name] = (choice, more)
-            except InputError as error:
-                reason = str(error).partition(":")[0]
-                refused[reason] = refused.get(reason, 0) + 1
+    jobs = _alike(combinations(recipe, count))
+    total, done = sum(map(len, jobs)), 0
+    processes = 1 if total < workers.FEW else min(workers.cores(), len(jobs))
+    with workers.crew(_pricing, (recipe, device, count, budget), processes) as run:
+        answers = run(_answers, [[], *jobs])
+        unit = next(answers)  # the recipe as it is must be possible
+        for job, several in zip(jobs, answers, strict=True):
+            for answer in several:
+                if isinstance(answer, str):
+                    refused[answer] = refused.get(answer, 0) + 1
+                else:
+                    found |= {choice.name: (choice, keys) for choice, keys in answer}
+            done += len(job)
+            say(f"{done} of {total}: {words(job[-1])}")
         chosen = pareto.front([choice for choice, _ in found.values()])
-        for choice in chosen:
-            say(f"whole: {choice.name}")
-            found[choice.name] = (pricing.confirmed(choice, found[choice.name][1]), found[choice.name][1])
+        whole = _together(chosen, found)
+        for several in run(_confirmed, whole):
+            say("whole: " + several[0][0].name)
+            found |= {choice.name: (choice, keys) for choice, keys in several}
     choices = [choice for choice, _ in found.values()]
     best = pareto.front(choices)
-    files = write(out, choices, best, f"{_title(recipe)} on {count} x {device.name}", pricing.unit, options.budget)
-    return Swept(choices, best, pricing.unit, device.name, count, budget, refused, files)
+    files = write(out, choices, best, f"{_title(recipe)} on {count} x {device.name}", unit, options.budget)
+    return Swept(choices, best, unit, device.name, count, budget, refused, files)
+
+
+@contextmanager
+def _pricing(recipe: Recipe, device: Device, count: int, budget: int) -> Iterator[Pricing]:
+    with prepared_once():
+        yield Pricing(recipe, device, count, budget)
+
+
+def _alike(grid: Iterable[Keys]) -> list[list[Keys]]:
+    """Combinations that one process takes, because blocks are traced for one of them and used for all."""
+    found: dict[str, list[Keys]] = {}
+    for keys in grid:
+        same = {key: value for key, value in keys.items() if not key.startswith("memory.") and key not in ANYHOW}
+        found.setdefault(json.dumps(same), []).append(keys)
+    return list(found.values())
+
+
+def _answers(pricing: Pricing, job: list[Keys]) -> Any:
+    """Choices of each combination, or why it is refused; of no combination the unit of the recipe as it is."""
+    return [_answer(pricing, keys) for keys in job] if job else pricing.whole({}).unit
+
+
+def _answer(pricing: Pricing, keys: Keys) -> list[Found] | str:
+    try:
+        return list(pricing.choices(keys))
+    except InputError as error:
+        return str(error).partition(":")[0]
+
+
+def _together(chosen: Iterable[Choice], found: dict[str, Found]) -> list[list[Found]]:
+    """Those that one rehearsal confirms: of the same keys but for where the optimizer's states are."""
+    alike: dict[str, list[Found]] = {}
+    for choice in chosen:
+        keys = found[choice.name][1]
+        alike.setdefault(json.dumps({**keys, "memory.optimizer_offload": None}), []).append(found[choice.name])
+    return list(alike.values())
+
+
+def _confirmed(pricing: Pricing, job: list[Found]) -> list[Found]:
+    return [(pricing.confirmed(choice, keys), keys) for choice, keys in job]
 
 
 def write(
@@ -114,48 +159,7 @@ def _title(recipe: Recipe) -> str:
     return Path(recipe.model.pretrained).name if recipe.model.pretrained else recipe.model.architecture
 
 
-# --- the combinations ----------------------------------------------------------
-
-
-def combinations(recipe: Recipe, count: int) -> Iterator[Keys]:
-    """Keys of the recipe that are changed, at most ``MOST`` of them."""
-    axes = [_precisions(recipe), _methods(recipe), _checkpointings(), list(_shapes(recipe, count)), _micro_batches(recipe)]
-    for parts in itertools.islice(itertools.product(*axes), MOST):
-        yield {key: value for part in parts for key, value in part.items()}
-
-
-def _precisions(recipe: Recipe) -> list[Keys]:
-    known = dict.fromkeys(["fp32", "bf16", "pure_bf16"])
-    return [{"precision": name} for name in known]
-
-
-def _methods(recipe: Recipe) -> list[Keys]:
-    if isinstance(recipe.adapt, Lora) or not isinstance(recipe.data, TextData):
-        return [{}]
-    return [{}, {"adapt": {"method": "lora", "rank": 16}}]
-
-
-def _checkpointings() -> list[Keys]:
-    return [{"memory.checkpointing": name} for name in ("none", "selective", "full", "offload")]
-
-
-def _shapes(recipe: Recipe, count: int) -> Iterator[Keys]:
-    """ZeRO stages with all products of the axes that make ``count``."""
-    wide = isinstance(recipe.data, TextData)
-    for tensor in _powers(count, 8 if wide else 1):
-        for pipeline in _powers(count // tensor, 16 if wide else 1):
-            data = count // tensor // pipeline
-            for zero in (0, 1, 2, 3) if data > 1 else (0,):
-                yield {"parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.data": data, "parallel.zero": zero}
-
-
-def _powers(most: int, limit: int) -> list[int]:
-    return [2**power for power in range(11) if 2**power <= limit and most % 2**power == 0]
-
-
-def _micro_batches(recipe: Recipe) -> list[Keys]:
-    sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if recipe.training.batch_size % n == 0]
-    return [{"training.micro_batch_size": n} for n in sizes[:: max(1, len(sizes) // 3)]]
+# --- words ---------------------------------------------------------------------
 
 
 def words(keys: Keys) -> str:
@@ -171,6 +175,7 @@ def settings(keys: Keys) -> dict[str, str]:
         "parallel.zero": 0,
         "parallel.data": 1,
         "memory.checkpointing": "none",
+        "memory.every": 1,
     }
     names = {"training.micro_batch_size": "micro-batch", "adapt": "adapt"}
     shown = {key: value["method"] if isinstance(value, dict) else value for key, value in keys.items()}
@@ -233,7 +238,12 @@ class Pricing:
         pipeline = keys.get("parallel.pipeline", 1)
         if self.blocks is None or self.blocks < DEPTHS[1] * pipeline:
             return _price(self.whole(keys))
-        few, more = (_price(self.whole(keys, depth)) for depth in DEPTHS)
+        try:
+            few, more = (_price(self.whole(keys, depth)) for depth in DEPTHS)
+        except InputError:
+            if pipeline == 1:
+                raise
+            return _price(self.whole(keys))  # few blocks may leave a stage with nothing but a large head
         return few.continued(more, (self.blocks / pipeline - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
 
     def states(self, keys: Keys, price: Price) -> Iterator[tuple[Keys, Price]]:
@@ -289,7 +299,7 @@ def _fitting(recipe: Recipe, keys: Keys) -> Keys:
     mode = keys.get("memory.checkpointing", recipe.memory.checkpointing)
     if mode == recipe.memory.checkpointing:
         return keys
-    return {**keys, "memory.every": 1, "memory.blocks": None if mode == "none" else recipe.memory.blocks}
+    return {"memory.every": 1, "memory.blocks": None if mode == "none" else recipe.memory.blocks, **keys}
 
 
 def accuracy(recipe: Recipe, keys: Keys) -> str:

@@ -10,7 +10,7 @@
   Communication Operations in MPICH", sections 4 and 5; trees: Sanders, Speck and Traeff 2009).
 - What overlaps hides behind forward and backward; only the rest is exposed.
 - A pipeline waits (stages - 1) / (chunks x micro-batches) of its work (Narayanan et al. 2021, "Efficient Large-Scale
-  Language Model Training on GPU Clusters Using Megatron-LM", section 2.2).
+  Language Model Training on GPU Clusters Using Megatron-LM", section 2.2), and more where micro-batches are fewer than stages.
 """
 
 from __future__ import annotations
@@ -104,8 +104,13 @@ def estimate(
 
 
 def idle_share(stages: int, micro_batches: int, chunks: int = 1) -> float:
-    """What a pipeline waits, as a share of its work: (p - 1) / (v m) for 1F1B and GPipe, v chunks a stage when interleaved."""
-    return (stages - 1) / (chunks * micro_batches)
+    """What a pipeline waits, as a share of its work.
+
+    (p - 1) / (v m) for 1F1B and GPipe, with v chunks of each process when interleaved. With m < p a process also waits between
+    its own chunks. It is b / (1 - b) of ``parallel.pipeline_split.bubble``, the share b of a whole step.
+    """
+    work = chunks * micro_batches
+    return (chunks * max(micro_batches, stages) + min(micro_batches, stages) - 1) / work - 1
 
 
 def _phases(works: Sequence[Work]) -> list[str]:

@@ -104,10 +104,11 @@ def allowed(hint: Any) -> str:
     return "a section of keys and values" if origin is dict else f"{SCALARS.get(plain, 'a value')}{_range(plain, field)}"
 
 
-def choice(options: Iterable[str], found: object) -> str:
+def choice(options: Iterable[object], found: object) -> str:
     """The options, with the one that was probably meant."""
     known = list(options)
-    return either(map(repr, known)) + (nearest(found.lower(), known) if isinstance(found, str) else "")
+    names = [option for option in known if isinstance(option, str)]
+    return either(map(repr, known)) + (nearest(found.lower(), names) if isinstance(found, str) else "")
 
 
 def either(options: Iterable[str]) -> str:
