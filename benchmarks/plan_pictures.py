@@ -31,15 +31,14 @@ def keys_of(choice: Choice) -> dict[str, Any]:
     names = {
         "precision": "precision",
         "checkpointing": "memory.checkpointing",
+        "every": "memory.every",
         "micro-batch": "training.micro_batch_size",
         "optimizer states": "memory.optimizer_states",
     }
     keys: dict[str, Any] = {names[name]: value for name, value in choice.settings.items() if name in names}
-    if "training.micro_batch_size" in keys:
-        keys["training.micro_batch_size"] = int(keys["training.micro_batch_size"])
-    if choice.settings.get("adapt") == "lora":
-        keys["adapt"] = {"method": "lora", "rank": 16}
-    return keys
+    keys |= {key: int(keys[key]) for key in ("training.micro_batch_size", "memory.every") if key in keys}
+    methods = {"lora": {"method": "lora", "rank": 16}, "full": {"method": "full"}}
+    return keys | ({"adapt": methods[choice.settings["adapt"]]} if "adapt" in choice.settings else {})
 
 
 def measured(recipe: Recipe, choice: Choice) -> Choice:

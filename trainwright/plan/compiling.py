@@ -161,7 +161,8 @@ def _within(kind: type[nn.Module], compiler: Compiler) -> type[nn.Module]:
 
 
 def _key(block: nn.Module, values: list[Tensor], tensors: list[Tensor], others: list[Any]) -> Any:
-    shapes = tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in (*values, *tensors))
+    # How many documents a batch has, which int32 offsets tell, is nothing to a graph.
+    shapes = tuple((x.dtype != torch.int32 and tuple(x.shape), x.dtype, x.requires_grad) for x in (*values, *tensors))
     kinds = tuple(type(module) for module in block.modules())[block is not NOTHING :]
     mode = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), block.training
     return kinds, shapes, mode, str(others), _groups(block)
