@@ -20,7 +20,7 @@ Keys = dict[str, Any]
 MIB = 2**20
 # What a process on a CPU holds beside live tensors, measured with SmolLM2-135M (docs/memory.md): the allocator's gaps, what a
 # compiler leaves behind, and what unpacking 4-bit weights does to the heap.
-GAPS, COMPILER, UNPACKING = 1.05, 200 * MIB, 140 * MIB
+GAPS, COMPILER, UNPACKING = 1.05, 260 * MIB, 140 * MIB
 MOST = 60  # combinations
 
 
