@@ -148,6 +148,6 @@ def _streamed(layers: Mapping[str, nn.Linear], shown: str) -> Change:
         f"two at a time are in memory, {2 * max(sizes) / MIB:,.1f} MiB"
     )
     kinds = {(vars(layer)["stored"].dtype, layer.weight.dtype) for layer in layers.values()}
-    turned = sorted(f"{str(stored)[6:]} to {str(used)[6:]}" for stored, used in kinds if stored != used)
+    turned = sorted(f"{stored} to {used}".replace("torch.", "") for stored, used in kinds if stored != used)
     slow = f"; each reading turns {', '.join(turned)}: a file in that dtype would be read faster" if turned else ""
     return Change("streaming", summary + slow, tuple(layers))

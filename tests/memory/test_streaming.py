@@ -25,14 +25,6 @@ PARTIAL = {"method": "partial", "train": ["*norm*", "*.1.mlp.down_proj.weight"]}
 TEXT: dict[str, Any] = {"training__steps": 3, "training__batch_size": 8, "training__micro_batch_size": 2}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("streaming")
-    tiny.model(place / "base")
-    tiny.pairs(place / "pairs.jsonl", 60)
-    return place
-
-
 def trained(folder: Path, **changes) -> tuple[list[tuple[float, float]], dict[str, Tensor], dict[str, float], loop.Run]:
     run = build.assemble(tiny.recipe(folder, **{**TEXT, **changes}))
     steps = [(step.loss, step.grad_norm) for step in loop.train(run)]
