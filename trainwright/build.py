@@ -49,6 +49,7 @@ def assemble(
     splits: text.TextSplits | None = None,
     progress: Progress = lambda what, done: None,
     rehearsal: Rehearsal | None = None,
+    mesh: Mesh | None = None,
 ) -> Run:
     """The whole program of a recipe.
 
@@ -56,6 +57,7 @@ def assemble(
         splits: documents already tokenised, instead of those that ``recipe.data`` names.
         progress: called with what is being prepared and how much of it is done.
         rehearsal: builds all but the data of tensors without values.
+        mesh: what ``place`` gave, for a second program in the same groups.
 
     Raises:
         InputError: a setting that is wrong, or has no effect, with these data and this model.
@@ -65,7 +67,7 @@ def assemble(
     real, compiler = (rehearsal.real, rehearsal.compiler) if rehearsal else (nullcontext, None)
     if isinstance(recipe.data, TextData):
         with real():
-            mesh = _join(recipe)
+            mesh = mesh or place(recipe)
         built = assemble_model(recipe, mesh=mesh)
         with real(), collectives.in_turn(built.device):  # the first process fills the cache
             documents = language.prepare(recipe, built, splits, progress)
@@ -76,15 +78,15 @@ def assemble(
 
         with real():
             samples = supervised.prepare(recipe, progress)
-            mesh = _join(recipe)
+            mesh = mesh or place(recipe)
         built = assemble_model(recipe, samples.shape, mesh=mesh)
         places = filling.fill(built, recipe, compiler)
         part = supervised.join(recipe, built, samples)
     return _program(recipe, built, part, places)
 
 
-def _join(recipe: Recipe) -> Mesh:
-    """This process's place among those that run the recipe.
+def place(recipe: Recipe) -> Mesh:
+    """This process's place among those that run the recipe, in groups that are made anew.
 
     Raises:
         InputError: they are more or fewer than the recipe says, or can't share its batches.

@@ -54,7 +54,7 @@ class MutantRunner(Runner):
         self._name, self._pools = name, pools
 
     def __exit__(self, *error: object) -> None:
-        self._scratch.cleanup()
+        self.leave()
 
     def alone(self, job: Job, folder: Path) -> None:
         with bug(self._name):

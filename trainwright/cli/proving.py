@@ -49,11 +49,13 @@ def verify(
         print(text, file=sys.stderr, flush=True)
 
     def work() -> Result:
+        from trainwright.launch import pool
         from trainwright.recipe import InputError
 
         if matrix:
             if target is not None:
                 raise InputError(f"--matrix has recipes of its own; leave {target} out")
+            pool.warm()
             return _matrix(out, small, say)
         if target is None:
             raise InputError("give a recipe, the folder of a run, or --matrix")
@@ -61,11 +63,13 @@ def verify(
             from trainwright.verify import command
 
             return command.again(run_folder(target), steps, nproc)
+        recipe = load_recipe(Path(target), overrides)
+        if recipe.parallel.model_fields_set or nproc not in (None, 1):
+            pool.warm()  # before this process imports as much itself
         from trainwright.verify import command
 
         options = command.Options(nproc, steps, layers, width, not no_reduce, against, prepare)
-        report = command.verify(load_recipe(Path(target), overrides), options, say)
-        return report.plain()
+        return command.verify(recipe, options, say).plain()
 
     return Job(work, as_json, lambda result: _show(result, matrix), lambda result: 0 if result.get("verified", True) else 1)
 

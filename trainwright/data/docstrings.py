@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import platform
 import sysconfig
 import tokenize
@@ -52,9 +53,11 @@ def fingerprint() -> str:
 def _files() -> list[Path]:
     """The library's modules, sorted by their path inside it; empty where Python comes without sources."""
     root = Path(sysconfig.get_path("stdlib"))
-    inside = (path.relative_to(root) for path in root.rglob("*.py"))
-    library = [path for path in inside if EXCLUDED.isdisjoint(path.parts)]
-    return [root / path for path in sorted(library, key=Path.as_posix)]
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in EXCLUDED]  # site-packages may hold far more than the library
+        found += (Path(folder, name) for name in files if name.endswith(".py"))
+    return sorted(found, key=Path.as_posix)
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from trainwright import forking
 from trainwright.data import image_files, image_worker
 from trainwright.data.image_files import Form, UnreadableImage
 from trainwright.data.pictures import Pictures
@@ -153,9 +153,7 @@ class Workers:
     def submit(self, paths: Sequence[Path], form: Form) -> Future[np.ndarray]:
         """Start to decode; the result is (n, channels, height, width) uint8."""
         if self._pool is None:
-            # NOTE: never fork: the threads of torch may hold locks that no one releases in the child.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([image_worker.__name__])
+            context = forking.context(image_worker.__name__)  # NOTE: no forks of this process: threads of torch may hold locks
             self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=image_worker.start)
         return self._pool.submit(image_worker.decode, paths, form)
 

@@ -14,15 +14,15 @@ import os
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 
+from trainwright import forking
 from trainwright.recipe import RunError
 
 DEEPSPEED = ("deepspeed.utils.groups", "deepspeed.comm.comm")
@@ -31,6 +31,12 @@ GROUP_TIMEOUT = 600.0  # seconds that ranks wait for each other; long, because a
 REFUSAL = "InputError"
 TOGETHER = 2.0  # seconds between refusals by all ranks
 GRACE = 0.5  # seconds until a process's end is known
+IMPORTED = (  # by most jobs
+    "trainwright.build",
+    "torch.distributed.fsdp",
+    "torch._inductor.compile_fx",
+    "transformers.modeling_gguf_pytorch_utils",
+)
 Prepare = Callable[[], object]
 
 
@@ -42,6 +48,11 @@ class RankError(RunError):
         self.rank, self.kind, self.message, self.trace = rank, kind, message, trace
 
 
+def warm() -> None:
+    """Begin to import what jobs need, in the process whose forks the pools will be."""
+    forking.begin(*IMPORTED)
+
+
 class AllRefused(Exception):
     """All ranks refused their input alike, so that none waits for another."""
 
@@ -51,7 +62,7 @@ class AllRefused(Exception):
 
 @dataclass(frozen=True)
 class _Rank:
-    process: SpawnProcess
+    process: BaseProcess
     pipe: Connection
 
 
@@ -74,12 +85,12 @@ class Pool:
         self.stop()
 
     def _started(self) -> list[_Rank]:
-        context, port = multiprocessing.get_context("spawn"), _free_port()
+        context, port = forking.context(*IMPORTED), _free_port()
         found = []
         for rank in range(self.count):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, self.count, port, self._prepare)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            arguments = (theirs, rank, self.count, port, self._prepare, dict(os.environ))
+            process = context.Process(target=_serve, args=arguments, daemon=True)  # type: ignore[attr-defined]
             process.start()
             theirs.close()
             found.append(_Rank(process, ours))
@@ -135,10 +146,14 @@ class Pool:
             raise first if answers else AllRefused(first)
         return [answers[index] for index in range(len(pipes))]
 
-    def stop(self) -> None:
-        """End the processes; the next ``run`` starts others."""
+    def kill(self) -> None:
+        """End the processes; what runs in them, for another thread perhaps, fails."""
         for rank in self._ranks:
             rank.process.kill()
+
+    def stop(self) -> None:
+        """End the processes and forget them; the next ``run`` starts others."""
+        self.kill()
         for rank in self._ranks:
             rank.process.join()
             rank.pipe.close()
@@ -155,13 +170,18 @@ def _answer(index: int, pipe: Connection) -> Any:
     return value
 
 
-def _serve(pipe: Connection, rank: int, count: int, port: int, prepare: Prepare | None) -> None:
+def _serve(pipe: Connection, rank: int, count: int, port: int, prepare: Prepare | None, environment: dict[str, str]) -> None:
     """What a process does: answer until nobody asks any more."""
+    _end_with_parent()
+    os.environ |= environment  # a fork has that of the time when the first one was asked for
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process starts others, which import torch, too
     import torch
     import torch.distributed as dist
+    from tqdm import tqdm
 
-    _end_with_parent()
+    tqdm.set_lock(threading.RLock())  # its own is the system's, which a process that is killed would leave behind
+    if (inductor := sys.modules.get("torch._inductor.config")) is not None:  # it looked at the variable already
+        inductor.compile_threads = 1  # type: ignore[attr-defined]
     if prepare is not None:
         prepare()
     torch.set_num_threads(1)
@@ -211,11 +231,11 @@ def _groups_in(value: Any, depth: int = 3) -> Iterator[Any]:
 
 def _end_with_parent() -> None:
     """A killed parent can't end the processes that it started."""
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def follow() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -61,11 +62,21 @@ def _companions(run: Run, batch: Any) -> float:
     return worst
 
 
+class _Seen(Exception):
+    """Ends a pass once the model has given its output: the loss and the backward may cost far more."""
+
+
 def _output(run: Run, batch: Any) -> torch.Tensor:
     """What the model makes of a batch."""
     seen: list[torch.Tensor] = []
-    hook = run.model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
-    _loss(run, [batch])
+
+    def see(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        seen.append(output.detach())
+        raise _Seen
+
+    hook = run.model.register_forward_hook(see)
+    with suppress(_Seen):
+        _loss(run, [batch])
     hook.remove()
     return seen[0]
 

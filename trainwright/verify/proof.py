@@ -73,12 +73,16 @@ class Prover:
         Raises:
             InputError: the recipe is refused, or the plain run is no measure. Broken: the plain run ended with an error.
         """
+        sharp = job.with_keys(SHARP).but(resume=False) if self.facts.precision(job) in techniques.LOW else None
+        for one in (job, sharp):
+            if one is not None:
+                self.runner.begin(one)  # while this process runs the twins
         verdict = self._compare(job)
         if not verdict.good:
             return verdict
         more = list(self._bits(job))
-        if self.facts.precision(job) in techniques.LOW:
-            more += _in_short(self._compare(job.with_keys(SHARP).but(resume=False)))
+        if sharp is not None:
+            more += _in_short(self._compare(sharp))
         return Verdict((*verdict.lines, *more))
 
     def _bits(self, job: Job) -> Iterator[Line]:

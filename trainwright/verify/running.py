@@ -1,8 +1,13 @@
-"""Runs jobs: one process's in this one, those of several in processes that stay for the next job. Equal jobs run once."""
+"""Runs jobs: one process's in this one, those of several in processes that stay for the next job. Equal jobs run once.
+
+Those of several processes can begin before they are asked for, and go on while this process runs others.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -25,7 +30,9 @@ class Runner:
 
     def __init__(self) -> None:
         self._pools: dict[int, Pool] = {}
-        self._known: dict[str, Trace | Exception] = {}
+        self._known: dict[str, Future[Trace]] = {}
+        self._numbers = count()
+        self._background = ThreadPoolExecutor(1)
         self._scratch = tempfile.TemporaryDirectory(prefix="trainwright-verify-")
 
     def __enter__(self) -> Runner:
@@ -33,13 +40,25 @@ class Runner:
 
     def __exit__(self, *error: object) -> None:
         for pool in self._pools.values():
+            pool.kill()
+        self.leave()
+        for pool in self._pools.values():
             pool.stop()
+
+    def leave(self) -> None:
+        """Wait for the job that runs in the background, and remove all files."""
+        self._background.shutdown(cancel_futures=True)
         self._scratch.cleanup()
 
-    def warm(self, count: int) -> None:
+    def warm(self, processes: int) -> None:
         """Start so many processes now, in the background."""
-        if count > 1 and count not in self._pools:
-            self._pools[count] = Pool(count)
+        if processes > 1 and processes not in self._pools:
+            self._pools[processes] = Pool(processes)
+
+    def begin(self, job: Job) -> None:
+        """Start a job of several processes, which ``run`` will be asked for; no other is begun."""
+        if job.processes > 1 and _key(job) not in self._known:
+            self._known[_key(job)] = self._background.submit(self._fresh, job)
 
     def run(self, job: Job) -> Trace:
         """What a job does.
@@ -47,19 +66,17 @@ class Runner:
         Raises:
             InputError: the recipe is refused. Broken: the run ended with an error.
         """
-        key = repr((job, job.recipe.model_dump_json()))
-        if key not in self._known:
+        self.begin(job)
+        known = self._known.setdefault(_key(job), Future())
+        if job.processes == 1 and not known.done():
             try:
-                self._known[key] = self._fresh(job)
+                known.set_result(self._fresh(job))
             except (InputError, Broken) as error:
-                self._known[key] = error
-        known = self._known[key]
-        if isinstance(known, Exception):
-            raise known
-        return known
+                known.set_exception(error)
+        return known.result()
 
     def _fresh(self, job: Job) -> Trace:
-        folder = Path(self._scratch.name) / f"run-{len(self._known)}"
+        folder = Path(self._scratch.name) / f"run-{next(self._numbers)}"
         folder.mkdir()
         try:
             if job.processes == 1:
@@ -89,6 +106,10 @@ class Runner:
     def together(self, pool: Pool, job: Job, folder: Path) -> None:
         """In the processes of a pool."""
         pool.run(tracing.trace, job, folder, timeout=TIMEOUT)
+
+
+def _key(job: Job) -> str:
+    return repr((job, job.recipe.model_dump_json()))
 
 
 def _short(text: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from trainwright import build, checkpoint, loop
 from trainwright.loop import Run
 from trainwright.parallel import exchange
+from trainwright.parallel.mesh import Mesh
 from trainwright.pieces import Held
 from trainwright.recipe.imports import import_function
 from trainwright.verify import batches, dropping, four_bits, probing, seeing, watching
@@ -87,7 +88,9 @@ def trace(job: Job, folder: Path) -> None:
     Raises:
         InputError: the recipe is refused. RunError: a loss isn't finite.
     """
-    run = _assembled(job)
+    torch._dynamo.reset()  # what jobs before this one compiled counts towards a limit, beyond which nothing is compiled
+    mesh = build.place(job.recipe)
+    run = _assembled(job, mesh)
     tensors: dict[str, Tensor] = {}
     _keep(tensors, BEGIN, run, seeing.weights(run))
     rows, faults = batches.watch(run)
@@ -118,7 +121,7 @@ def trace(job: Job, folder: Path) -> None:
     _save(run, folder, tensors)
     found["draws"] = _draws(run)
     found["probes"] = probing.probe(run) if job.probe else {}
-    found["resumed"] = _resumed(run, job, folder) if job.resume else None
+    found["resumed"] = _resumed(run, job, mesh, folder) if job.resume else None
     if run.rank == 0:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
         (folder / SCALARS).write_text(json.dumps(found), encoding="utf-8")
@@ -129,9 +132,8 @@ def load(folder: Path) -> Trace:
     return Trace(folder=folder, **json.loads((folder / SCALARS).read_text(encoding="utf-8")))
 
 
-def _assembled(job: Job) -> Run:
-    torch._dynamo.reset()  # what jobs before this one compiled counts towards a limit, beyond which nothing is compiled
-    run = build.assemble(job.recipe)
+def _assembled(job: Job, mesh: Mesh) -> Run:
+    run = build.assemble(job.recipe, mesh=mesh)
     seeing.calm(run)
     if job.rounded:
         four_bits.round_base(run)
@@ -215,12 +217,12 @@ def _write(run: Run, folder: Path) -> None:
     checkpoint.write_held(folder, run.step, run.remember(), {}, team)
 
 
-def _resumed(run: Run, job: Job, folder: Path) -> dict[str, float]:
+def _resumed(run: Run, job: Job, mesh: Mesh, folder: Path) -> dict[str, float]:
     """Take the last step once more, in a run that begins from the checkpoint; the tensors that are others then.
 
-    With each, the largest difference that a process sees, relative to its part of the tensor.
+    With each, the largest difference that a process sees, relative to its part of the tensor. What was compiled serves again.
     """
-    again = _assembled(job)
+    again = _assembled(job, mesh)
     again.recall(checkpoint.Reader(checkpoint.path_of(folder, job.steps - 1)), True)
     again.step = job.steps - 1
     for _ in islice(loop.train(again), 1):
