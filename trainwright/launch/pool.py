@@ -174,14 +174,12 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, prepare: Prepare 
     """What a process does: answer until nobody asks any more."""
     _end_with_parent()
     os.environ |= environment  # a fork has that of the time when the first one was asked for
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process starts others, which import torch, too
+    os.environ.setdefault("TORCH_WARM_POOL", "0")  # else each process starts others to compile in, which import torch, too
     import torch
     import torch.distributed as dist
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # its own is the system's, which a process that is killed would leave behind
-    if (inductor := sys.modules.get("torch._inductor.config")) is not None:  # it looked at the variable already
-        inductor.compile_threads = 1  # type: ignore[attr-defined]
     if prepare is not None:
         prepare()
     torch.set_num_threads(1)
