@@ -5,7 +5,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests import tiny
-from trainwright.plan.compiling import Compiler, _Kernels
+from trainwright.plan.compiling import Compiler
+from trainwright.plan.kernels import Kernels
 from trainwright.plan.rehearsal import rehearse
 
 TEXT = {"training__batch_size": 4, "training__micro_batch_size": 4}
@@ -49,6 +50,17 @@ def test_equal_blocks_are_traced_once_and_rehearsals_share(tmp_path):
     assert len(compiler._functions) == traced
     assert one.peak.total == two.peak.total
     assert one.counts.all_works() == two.counts.all_works()
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_results_that_nobody_reads_need_not_be_made(tmp_path, monkeypatch, mode):
+    recipe = tiny.recipe(tmp_path, **TEXT, run__compile="on", memory={"checkpointing": mode})
+    fast = rehearse(recipe)
+    monkeypatch.setattr(Kernels, "_cheap", lambda self: ({}, set()))
+    every = rehearse(recipe)
+    assert (fast.peak.total, fast.parts, fast.resting) == (every.peak.total, every.parts, every.resting)
+    assert fast.timeline == every.timeline
+    assert fast.counts.all_works() == every.counts.all_works()
 
 
 def test_what_is_computed_again_is_counted_again(tmp_path, pair):
@@ -100,6 +112,6 @@ def test_what_reads_the_same_inputs_is_one_kernel():
         return first @ weight, (x + 1).exp().clone() @ weight
 
     graph = make_fx(function)(torch.randn(8, 8), torch.randn(8, 8))
-    names = [node.name for node in _Kernels(graph, Compiler())._nodes if node.op == "call_function"]
+    names = [node.name for node in Kernels(graph, Compiler())._nodes if node.op == "call_function"]
     assert names.index("clone") < names.index("mm") < names.index("mm_1")
     assert names.index("sin") < names.index("mm")

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from trainwright.memory import selective
 from trainwright.models import catalogue
-from trainwright.plan.compiling import HEAVY
 from trainwright.plan.counting import PRODUCTS, Counts
+from trainwright.plan.kernels import HEAVY
 from trainwright.plan.rehearsal import rehearse
 from trainwright.recipe import Task
 

@@ -187,7 +187,12 @@ def _get(last: list[Tensor], argument: Earlier | Kept) -> Tensor:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether a tensor is another one, perhaps through a function that does nothing to it."""
-    return one.data_ptr() == other.data_ptr() and _kind(one) == _kind(other)
+    return _place(one) == _place(other) and _kind(one) == _kind(other)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where it begins, of fake tensors too, which have no address."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:

@@ -1,7 +1,7 @@
 """All combinations of techniques for one model and machine: their memory, speed and accuracy, and those that none beats.
 
 A decoder's blocks are alike, so that memory and time grow by the same for each: a combination is rehearsed with few blocks,
-twice, and continued to all. What no other beats is then rehearsed whole.
+twice, and continued to all. Stages of a pipeline aren't alike: of these, what no other beats is then rehearsed whole.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def sweep(recipe: Recipe, options: Options, out: Path, say: Say = lambda text: N
                     found |= {choice.name: (choice, keys) for choice, keys in answer}
             done += len(job)
             say(f"{done} of {total}: {words(job[-1])}")
-        chosen = pareto.front([choice for choice, _ in found.values()])
-        whole = _together(chosen, found)
-        for several in run(_confirmed, whole):
+        chosen = pareto.front([choice for choice, keys in found.values()])
+        staged = [choice for choice in chosen if found[choice.name][1].get("parallel.pipeline", 1) > 1]
+        for several in run(_confirmed, _together(staged, found)):
             say("whole: " + several[0][0].name)
             found |= {choice.name: (choice, keys) for choice, keys in several}
     choices = [choice for choice, _ in found.values()]
@@ -251,10 +251,10 @@ class Pricing:
         if self.recipe.memory.optimizer_states != "plain" or not price.states:
             return
         short = price.states / 4
-        yield {"memory.optimizer_states": "8bit"}, replace(price, bytes=price.bytes - price.states + short, states=short)
+        yield {"memory.optimizer_states": "8bit"}, replace(price, peaks=price.less(price.states - short), states=short)
         travel = price.seconds + 2 * price.states / DISK
         where = "disk" if self.device.curves else "cpu"
-        yield {"memory.optimizer_offload": where}, replace(price, bytes=price.bytes - price.states, states=0, seconds=travel)
+        yield {"memory.optimizer_offload": where}, replace(price, peaks=price.less(price.states), states=0, seconds=travel)
 
     def _choice(self, keys: Keys, price: Price) -> Choice:
         rate = price.units / price.seconds
@@ -264,17 +264,26 @@ class Pricing:
 
 @dataclass(frozen=True)
 class Price:
-    """Bytes at the peak, those of them that are optimizer states, seconds of a step, and units of work in it."""
+    """Most bytes in each phase of a step, those that are optimizer states, seconds of a step, and units of work in it."""
 
-    bytes: float
+    peaks: dict[str, float]
     states: float
     seconds: float
     units: float
 
+    @property
+    def bytes(self) -> float:
+        """At the peak."""
+        return max(self.peaks.values())
+
+    def less(self, size: float) -> dict[str, float]:
+        """The peaks without so many bytes that live through the whole step."""
+        return {phase: peak - size for phase, peak in self.peaks.items()}
+
     def continued(self, other: Price, times: float) -> Price:
-        """As far beyond this one as ``times`` the way to the other."""
+        """As far beyond this one as ``times`` the way to the other; each phase for itself, for another may come to hold most."""
         return Price(
-            self.bytes + times * (other.bytes - self.bytes),
+            {phase: peak + times * (other.peaks[phase] - peak) for phase, peak in self.peaks.items()},
             self.states + times * (other.states - self.states),
             self.seconds + times * (other.seconds - self.seconds),
             self.units,
@@ -283,7 +292,8 @@ class Price:
 
 def _price(planned: Planned) -> Price:
     memory, seconds = planned.plan.memory, planned.plan.timing.seconds
-    return Price(memory.peak, memory.parts["optimizer states"], seconds, planned.units_per_second * seconds)
+    peaks = {phase: max(size for other, size in memory.timeline if other == phase) for phase, _ in memory.timeline}
+    return Price(peaks, memory.parts["optimizer states"], seconds, planned.units_per_second * seconds)
 
 
 def _blocks(recipe: Recipe) -> int | None:

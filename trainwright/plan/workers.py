@@ -78,4 +78,8 @@ def _begin(make: Make, arguments: Sequence[Any]) -> None:
 
 
 def _call(function: Callable[[Any, Any], Any], job: Any) -> Any:
-    return function(_made[0], job)
+    try:
+        return function(_made[0], job)
+    finally:
+        gc.collect()
+        gc.freeze()  # what was traced stays for later jobs
