@@ -281,7 +281,7 @@ class Price:
         return {phase: peak - size for phase, peak in self.peaks.items()}
 
     def continued(self, other: Price, times: float) -> Price:
-        """As far beyond this one as ``times`` the way to the other; each phase for itself, for another may come to hold most."""
+        """As far beyond this one as ``times`` the way to the other; each phase for itself: another may come to hold most."""
         return Price(
             {phase: peak + times * (other.peaks[phase] - peak) for phase, peak in self.peaks.items()},
             self.states + times * (other.states - self.states),
