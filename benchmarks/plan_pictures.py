@@ -106,7 +106,14 @@ def main() -> None:
     from benchmarks.plan import here
 
     head = f"# Trade-offs of recipes\n\nBy `python -m benchmarks.plan_pictures`, {here()}. Crosses are measured.\n"
-    PAGE.write_text("\n".join([head, *(section(file, options.points) for file in options.recipes)]), encoding="utf-8")
+    fresh = {Path(file).stem: section(file, options.points) for file in options.recipes}
+    PAGE.write_text("\n".join([head, *(kept() | fresh).values()]), encoding="utf-8")
+
+
+def kept() -> dict[str, str]:
+    """The page's sections by their recipes, as they are."""
+    parts = PAGE.read_text(encoding="utf-8").split("\n## ")[1:] if PAGE.exists() else []
+    return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
 if __name__ == "__main__":

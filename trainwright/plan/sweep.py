@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,7 +266,7 @@ class Pricing:
 class Price:
     """Most bytes in each phase of a step, those that are optimizer states, seconds of a step, and units of work in it."""
 
-    peaks: dict[str, float]
+    peaks: Mapping[str, float]
     states: float
     seconds: float
     units: float
