@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(VERBS, BELOW_VERBS),
     "fit": {*BELOW_VERBS, "launch", "budget"},
     "verify": {*BELOW_VERBS, "launch.pool", "verify"},
-    "plan": {*BELOW_VERBS, "plan"},
+    "plan": {*BELOW_VERBS, "forking", "plan"},
     **{f"plan.{name}": {"recipe", "plan"} for name in ("work", "devices", "calibrate", "timing", "pareto", "report", "show")},
     "plan.page": {"recipe", "plan", "report.style"},
     "cli": {"cli", "recipe", "sampling", "build", "launch", "importing", "plan", "verify", *VERBS},

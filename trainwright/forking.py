@@ -1,14 +1,20 @@
 """Processes that are there at once: forks of one that has imported what they need, and has no threads that could hold locks.
 
-Where the system can't fork, each imports for itself.
+Where the system can't fork, each imports for itself. And how many there may be.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from multiprocessing.context import BaseContext
 
 _modules: list[str] = []
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def context(*modules: str) -> BaseContext:

@@ -3,7 +3,8 @@
 import pytest
 
 from tests import small, tiny
-from trainwright.plan import axes, sweep, workers
+from trainwright import forking
+from trainwright.plan import axes, sweep
 from trainwright.plan.command import Options
 from trainwright.plan.devices import find
 from trainwright.plan.once import prepared_once
@@ -31,9 +32,9 @@ def test_processes_find_what_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr(axes, "_micro_batches", lambda recipe, data: [{"training.micro_batch_size": n} for n in (8, 32)])
     monkeypatch.setattr(axes, "_checkpointings", lambda: [{"memory.checkpointing": "none"}, {"memory.checkpointing": "full"}])
     said = []
-    monkeypatch.setattr(workers, "cores", lambda: 1)
+    monkeypatch.setattr(forking, "cores", lambda: 1)
     alone = sweep.sweep(recipe, Options("h100"), tmp_path / "alone", said.append)
-    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(forking, "cores", lambda: 2)
     shared = sweep.sweep(recipe, Options("h100"), tmp_path / "shared")
     assert shared.choices == alone.choices
     assert shared.front == alone.front
@@ -43,7 +44,7 @@ def test_processes_find_what_one_does(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cores", [1, 2])
 def test_a_recipe_that_is_refused(tmp_path, monkeypatch, cores):
-    monkeypatch.setattr(workers, "cores", lambda: cores)
+    monkeypatch.setattr(forking, "cores", lambda: cores)
     recipe = small.recipe(tmp_path, training__batch_size=6)
     with pytest.raises(InputError, match=r"training.batch_size: 6"):
         sweep.sweep(recipe, Options("h100", 4), tmp_path / "out")

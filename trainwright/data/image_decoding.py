@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -80,7 +79,7 @@ def decode_all(
         sums[i] = sums_of(pixels[None])[0]
         return True
 
-    readable = np.array(_in_threads(one, count, threads or cores(), progress), dtype=bool)
+    readable = np.array(_in_threads(one, count, threads or forking.cores(), progress), dtype=bool)
     kept = np.flatnonzero(readable)
     damaged = [pictures.names[i] for i in np.flatnonzero(~readable).tolist()]
     if not damaged:
@@ -110,11 +109,6 @@ def _as_it_is(pictures: Pictures, images: np.ndarray) -> Decoded:
         masks = np.asarray(pictures.targets)
         values = np.stack([np.bincount(mask.ravel(), minlength=256) > 0 for mask in masks])
     return Decoded(np.arange(len(arranged)), [], arranged, masks, values, sums)
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_threads(one: Callable[[int], bool], count: int, threads: int, progress: Callable[[int], None]) -> list[bool]:

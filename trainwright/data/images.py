@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from trainwright import forking
 from trainwright.data import image_arrays, image_files, image_sources, splitting
 from trainwright.data.examples import Examples, InMemory, Preparation, Splits, Target, moments
-from trainwright.data.image_decoding import MOST_WORKERS, Decoded, LazyImages, Workers, cores, decode_all
+from trainwright.data.image_decoding import MOST_WORKERS, Decoded, LazyImages, Workers, decode_all
 from trainwright.data.image_files import Form, UnreadableImage
 from trainwright.data.masks import RawMasks, number
 from trainwright.data.pictures import Pictures, Source, relabelled
@@ -177,7 +178,7 @@ def _stays(section: ImageData, parts: Mapping[str, Pictures], form: Form) -> boo
 
 def _count(section: ImageData) -> int:
     """Worker processes; by default one core is left to the training itself."""
-    return section.workers if section.workers is not None else min(max(cores() - 1, 1), MOST_WORKERS)
+    return section.workers if section.workers is not None else min(max(forking.cores() - 1, 1), MOST_WORKERS)
 
 
 def _decoded(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainwright import build
+from trainwright import build, forking
 from trainwright.plan import command, page, pareto, workers
 from trainwright.plan.axes import combinations
 from trainwright.plan.command import Options, Planned
@@ -77,7 +77,7 @@ def sweep(recipe: Recipe, options: Options, out: Path, say: Say = lambda text: N
     found: dict[str, tuple[Choice, Keys]] = {}
     jobs = _alike(combinations(recipe, count))
     total, done = sum(map(len, jobs)), 0
-    processes = 1 if total < workers.FEW else min(workers.cores(), len(jobs))
+    processes = 1 if total < workers.FEW else min(forking.cores(), len(jobs))
     with workers.crew(_pricing, (recipe, device, count, budget), processes) as run:
         answers = run(_answers, [[], *jobs])
         unit = next(answers)  # the recipe as it is must be possible

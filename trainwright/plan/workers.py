@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,17 +12,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from trainwright import forking
 from trainwright.recipe import RunError
 
 Make = Callable[..., AbstractContextManager[Any]]
 Run = Callable[[Callable[[Any, Any], Any], Sequence[Any]], Iterator[Any]]
 FEW = 8  # jobs that aren't worth the start of processes
 _made: list[Any] = []  # in a worker: what it made
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -41,7 +36,7 @@ def crew(make: Make, arguments: Sequence[Any], count: int) -> Iterator[Run]:
         with make(*arguments) as made, _frozen():
             yield lambda function, jobs: (function(made, job) for job in jobs)
         return
-    context = multiprocessing.get_context("spawn")
+    context = forking.context("trainwright.build")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, context, _begin, (make, arguments))
     try:
