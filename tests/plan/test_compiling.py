@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests import tiny
-from trainwright.plan.compiling import Compiler
+from trainwright.parallel.mesh import Axis
+from trainwright.plan.compiling import Compiler, _key
 from trainwright.plan.kernels import Kernels
-from trainwright.plan.rehearsal import rehearse
+from trainwright.plan.rehearsal import processes, rehearse
 
 TEXT = {"training__batch_size": 4, "training__micro_batch_size": 4}
 KINDS = ("all_gather", "reduce_scatter")
@@ -115,3 +117,25 @@ def test_what_reads_the_same_inputs_is_one_kernel():
     names = [node.name for node in Kernels(graph, Compiler())._nodes if node.op == "call_function"]
     assert names.index("clone") < names.index("mm") < names.index("mm_1")
     assert names.index("sin") < names.index("mm")
+
+
+def test_a_graph_serves_any_number_of_documents_but_no_other_shape():
+    block, x = torch.nn.Linear(4, 4), torch.zeros(2, 4)
+    three, five = (torch.zeros(count, dtype=torch.int32) for count in (3, 5))
+    assert _key(block, [], [x, three], []) == _key(block, [], [x, five], [])
+    assert _key(block, [], [x, three], []) != _key(block, [], [x[:1], three], [])
+    assert _key(block, [], [x, three], []) != _key(block, [], [x, three.long()], [])
+
+
+def test_a_graph_serves_the_processes_that_it_names():
+    x = torch.zeros(2, 4)
+
+    def key(group):
+        block = torch.nn.Linear(4, 4)
+        block.axis = Axis(2, 0, group)
+        return _key(block, [], [x], [])
+
+    with processes(4, 0):
+        near, far = dist.new_group([0, 1]), dist.new_group([0, 2])
+        assert key(near) == key(near)
+        assert key(near) != key(far)
