@@ -21,21 +21,22 @@ SEED = 1_000_003  # of another step than any that is run
 def probe(run: Run) -> dict[str, float]:
     """Losses of the first step's batch in one process, relative to that of the batch as it is; 0 where nothing differs.
 
-    again       the same once more
     draws       with other random numbers
+    again       the same once more, where other random numbers gave something else
     order       with its rows in the opposite order
     companions  with half of the rows (of the model's outputs, not of the loss); left out where BatchNorm looks at the others
     """
     whole = [_joined(run.batch(0))]
     loss = _loss(run, whole)
     ways: dict[str, Callable[[], float]] = {
-        "again": lambda: _loss(run, whole),
         "draws": lambda: _loss(run, whole, SEED),
         "order": lambda: _loss(run, [_reversed(one) for one in whole]),
     }
     if not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in run.model.modules()):
         ways["companions"] = lambda: loss * (1 + max(_companions(run, one) for one in whole))
-    return {name: abs(way() - loss) / max(abs(loss), 1e-12) for name, way in ways.items()}
+    found = {name: abs(way() - loss) / max(abs(loss), 1e-12) for name, way in ways.items()}
+    again = _loss(run, whole) if found["draws"] else loss
+    return found | {"again": abs(again - loss) / max(abs(loss), 1e-12)}
 
 
 def _loss(run: Run, parts: Sequence[Any], step: int = 0) -> float:

@@ -5,6 +5,7 @@ Those of several processes can begin before they are asked for, and go on while 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
@@ -53,7 +54,7 @@ class Runner:
     def warm(self, processes: int) -> None:
         """Start so many processes now, in the background."""
         if processes > 1 and processes not in self._pools:
-            self._pools[processes] = Pool(processes)
+            self._pools[processes] = Pool(processes, prepare=_stand_back)
 
     def begin(self, job: Job) -> None:
         """Start a job of several processes, which ``run`` will be asked for; no other is begun."""
@@ -106,6 +107,12 @@ class Runner:
     def together(self, pool: Pool, job: Job, folder: Path) -> None:
         """In the processes of a pool."""
         pool.run(tracing.trace, job, folder, timeout=TIMEOUT)
+
+
+def _stand_back() -> None:
+    """Leave the cores to the process that asks: the twins, which it runs alone one after the other, take longest."""
+    if hasattr(os, "nice"):
+        os.nice(5)
 
 
 def _key(job: Job) -> str:
