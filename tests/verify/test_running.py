@@ -19,13 +19,14 @@ class _Watched(Runner):
     def __init__(self) -> None:
         super().__init__()
         self.ran: list[tuple[int, bool]] = []
-        self.gate = threading.Event()
+        self.began, self.gate = threading.Event(), threading.Event()
 
     def alone(self, job, folder):
         self.ran.append((1, threading.current_thread() is threading.main_thread()))
         super().alone(job, folder)
 
     def together(self, pool, job, folder):
+        self.began.set()
         self.gate.wait()
         self.ran.append((pool.count, threading.current_thread() is threading.main_thread()))
         super().together(pool, job, folder)
@@ -39,6 +40,7 @@ def two(tmp_path) -> Job:
 def test_a_job_that_began_goes_on_while_others_run_and_runs_once(two):
     with _Watched() as runner:
         runner.begin(two)
+        assert runner.began.wait(60), "before anyone asks for it"
         runner.run(two.with_keys({"parallel.data": 1}))
         assert runner.ran == [(1, True)]
         runner.gate.set()

@@ -90,7 +90,7 @@ class Pool:
         for rank in range(self.count):
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, self.count, port, self._prepare, dict(os.environ))
-            process = context.Process(target=_serve, args=arguments, daemon=True)  # type: ignore[attr-defined]
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             found.append(_Rank(process, ours))

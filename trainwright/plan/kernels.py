@@ -224,7 +224,9 @@ def _is_heavy(node: fx.Node) -> bool:
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    return _joins(node) and torch.Tag.pointwise in getattr(node.target, "tags", ()) and not node.target._schema.is_mutable  # type: ignore[union-attr]
+    schema = getattr(node.target, "_schema", None)
+    tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return tagged and schema is not None and not schema.is_mutable and _joins(node)
 
 
 def _is_reduction(node: fx.Node) -> bool:
