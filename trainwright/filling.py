@@ -37,6 +37,8 @@ def fill(built: Built, recipe: Recipe, compiler: Compiler | None = None) -> Plac
     ours = recipe.parallel.engine == "torch"
     early = spread.share(model, recipe, built.mesh, device) if recipe.parallel.zero == 3 and ours else None
     _mark(model, blank)
+    if device.type == "cpu":
+        layout.thin(model)
     places = Places(built.mesh, early or sharing.alone(model), built.division.pieces, built.division.copies)
     if values:
         materialise(built, recipe, blank, places)
