@@ -22,7 +22,7 @@ VERBS = {"fit", "evaluation", "generate", "inspect", "export", "predict", "find_
 # A module, or all modules of a folder -> what of ours it may import (a module, or all of a folder).
 ALLOWED: dict[str, set[str]] = {
     "recipe": {"recipe"},
-    "models": {"recipe", "models", "pieces"},
+    "models": {"recipe", "models", "pieces", "native"},
     "models.contract": {"recipe", "pieces"},
     "data": {"recipe", "data", "forking"},
     **{name: {"recipe", name} for name in ("losses", "metrics", "report")},
@@ -31,9 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"recipe", "pieces", "checkpoint", "models.tensor_file"},
     "launch": {"recipe", "launch", "forking"},
     "importing": {"recipe", "importing"},
-    **{name: {"recipe", "models.contract", "pieces", name} for name in TECHNIQUES},
-    "parallel": {"recipe", "models.contract", "pieces", "parallel"},
+    **{name: {"recipe", "models.contract", "pieces", name} for name in ("adapt", "parallel")},
+    "memory": {"recipe", "models.contract", "pieces", "native", "memory"},
     "pieces": set(),
+    "native": set(),
     "forking": set(),
     "ema": {"recipe", "pieces"},
     "sampling": {"recipe", "models"},

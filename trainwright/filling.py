@@ -18,7 +18,7 @@ from trainwright import frozen, spread
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built
-from trainwright.memory import checkpointing, layout
+from trainwright.memory import checkpointing, layout, precision
 from trainwright.models import decoder, init, pretrained
 from trainwright.models.contract import Change
 from trainwright.parallel import sharing
@@ -41,6 +41,7 @@ def fill(built: Built, recipe: Recipe, compiler: Compiler | None = None) -> Plac
         layout.thin(model)
     places = Places(built.mesh, early or sharing.alone(model), built.division.pieces, built.division.copies)
     if values:
+        built.changes.extend(precision.slow(built.precision, device))
         materialise(built, recipe, blank, places)
     else:
         frozen.hold(built, recipe)

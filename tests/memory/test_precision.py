@@ -236,7 +236,7 @@ def test_a_checkpoint_keeps_the_scale(folder):
 def test_an_operator_without_a_kernel_is_told(tmp_path):
     recipe = small.recipe(tmp_path, precision="fp16", model={"architecture": "lstm", "options": {}})
     with pytest.raises(
-        RunError, match=r"precision: fp16, but an operator of this model has no kernel for float16 on cpu .*bf16"
+        RunError, match=r"precision: fp16, but an operator of this model has no kernel for float16 on this cpu .*bf16"
     ):
         list(loop.train(build.assemble(recipe)))
 
@@ -266,3 +266,13 @@ def test_without_scaling_a_bad_number_still_ends_the_run():
         loop.finite(math.nan, 1.0)
     with pytest.raises(RunError, match=r"^gradient norm inf \(loss 1.0000\) is not finite"):
         loop.finite(1.0, math.inf)
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_a_processor_without_instructions_for_it_is_told(capable, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: capable)
+    run = build.assemble(small.recipe(tmp_path, precision="bf16"))
+    told = [change.summary for change in run.changes if "no instructions for bfloat16" in change.summary]
+    assert len(told) == (0 if capable else 1)
+    assert precision.choose("auto", CPU) == ("bf16" if capable else "fp32")
+    assert precision.slow("fp32", CPU) == precision.slow("bf16", torch.device("cuda")) == []

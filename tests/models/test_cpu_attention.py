@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trainwright import native
 from trainwright.models import cpu_attention
 from trainwright.models.attention import masked_attention
 from trainwright.models.cpu_attention import packed_attention
@@ -332,7 +333,7 @@ def test_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("compiled again")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    assert cpu_attention._build().exists()
+    assert native.load(cpu_attention.SOURCE)
 
 
 def test_importing_builds_nothing(tmp_path: Path) -> None:
@@ -347,10 +348,10 @@ def test_importing_builds_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("level", ["x86-64-v3", "x86-64-v4"])
 def test_processors_with_shorter_vectors_or_no_bfloat16(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     feature = {"x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}[level]
-    if feature not in cpu_attention._cpu_flags().split():
+    if feature not in native._cpu_flags().split():
         pytest.skip(f"this processor has no {feature}")
-    flags = [f"-march={level}" if flag.startswith("-march") else flag for flag in cpu_attention.FLAGS]
-    monkeypatch.setattr(cpu_attention, "FLAGS", tuple(flags))
+    flags = [f"-march={level}" if flag.startswith("-march") else flag for flag in native.FLAGS]
+    monkeypatch.setattr(native, "FLAGS", tuple(flags))
     cpu_attention._load.cache_clear()
     try:
         assert cpu_attention.available(), cpu_attention.reason()

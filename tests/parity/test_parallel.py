@@ -20,7 +20,7 @@ TEXT = {"training__steps": 3, "training__batch_size": 16, "training__micro_batch
 DECODERS: dict[str, dict[str, Any]] = {
     "full": {**ADAM},
     "untied": {**SGD, "model__options": {"tie_word_embeddings": False}, "model__match": "overlap"},
-    "lora": {**ADAM, "adapt": {"method": "lora", "rank": 4}},
+    "lora": {"optimizer": {**ADAM["optimizer"], "eps": 1e-2}, "adapt": {"method": "lora", "rank": 4}},
     "partial": {**ADAM, "adapt": {"method": "partial", "train": ["*layers.[0123].mlp*", "*norm*", "*embed*"]}},
 }
 SAMPLES: dict[str, dict[str, Any]] = {

@@ -52,9 +52,38 @@ def test_all_that_is_needed_is_measured(measured):
     assert 1e-8 < measured.overhead < 1e-3
 
 
+def test_products_that_would_take_long_are_as_fast_as_smaller_ones(monkeypatch):
+    """bfloat16 where the processor has no instructions for it: 2,048 FLOP/s here."""
+    asked = []
+
+    def seconds(dtype, m, n, k):
+        asked.append((m, n, k))
+        return 3 * 2 * m * n * k / (2048 if k == 1 else 1024)
+
+    monkeypatch.setattr(calibrate, "_product", seconds)
+    monkeypatch.setattr(calibrate, "LONG", 1.0)
+    found = calibrate._products(torch.bfloat16, [1, 8, 64])
+    assert asked == [
+        (1, 1, 1),
+        (1, 1, 8),
+        (1, 1, 64),
+        (1, 8, 1),
+        (1, 8, 8),
+        (1, 64, 1),
+        (8, 1, 1),
+        (8, 1, 8),
+        (8, 8, 1),
+        (64, 1, 1),
+    ]
+    assert found[0][0] == [2048, 1024, 1024]
+    assert found[0][1] == [2048, 1024, 1024]
+    assert found[2][2] == [2048, 2048, 2048]
+
+
 def test_rates_are_work_over_time(monkeypatch):
     monkeypatch.setattr(calibrate, "_seconds", lambda call, most=0: (call(0), 2.0)[1])
     monkeypatch.setattr(calibrate, "SIZES", {"float32": [16, 32]})
+    monkeypatch.setattr(calibrate, "LONG", 1000.0)
     monkeypatch.setattr(calibrate, "BYTES", [2**12])
     monkeypatch.setattr(calibrate, "LENGTHS", [16])
     monkeypatch.setattr(calibrate, "CONVOLUTIONS", ((4, 8),))

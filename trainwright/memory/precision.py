@@ -31,8 +31,8 @@ DTYPES: dict[Precision, torch.dtype] = {
 }
 AUTOCAST: tuple[Precision, ...] = ("bf16", "fp16")
 WORDS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# What torch and oneDNN say of an operator without a kernel for float16.
-MISSING = ("not implemented for 'Half'", "could not create a primitive")
+# What torch and oneDNN say of an operator without a kernel for a dtype.
+MISSING = ("not implemented for 'Half'", "not implemented for 'BFloat16'", "could not create a primitive")
 
 
 def choose(section: Wished, device: torch.device) -> Precision:
@@ -43,10 +43,12 @@ def choose(section: Wished, device: torch.device) -> Precision:
         return section
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if device.type == "cpu":
-        capable = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
-        return "bf16" if capable else "fp32"
-    return "fp32"
+    return "bf16" if device.type == "cpu" and multiplies_bfloat16() else "fp32"
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for it."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
 
 
 def apply(model: nn.Module, precision: Precision) -> Change:
@@ -57,8 +59,19 @@ def apply(model: nn.Module, precision: Precision) -> Change:
         for module in model.modules():
             _store(module, torch.float64)
         return Change("precision", "everything in float64")
-    if precision == "pure_bf16":
-        return _all_in_bfloat16(model)
+    return _all_in_bfloat16(model) if precision == "pure_bf16" else _mixed(model, precision)
+
+
+def slow(precision: Precision, device: torch.device) -> list[Change]:
+    """What to know of a precision that this processor emulates."""
+    if precision in ("fp32", "fp64") or device.type != "cpu" or multiplies_bfloat16():
+        return []
+    word = WORDS[DTYPES[precision]]
+    return [Change("precision", f"this CPU has no instructions for {word}: products take many times as long as in fp32")]
+
+
+def _mixed(model: nn.Module, precision: Precision) -> Change:
+    """What is frozen in the dtype of the products."""
     dtype, wide = DTYPES[precision], _kept_wide(model)
     frozen = [p for p in model.parameters() if not (p.requires_grad or id(p) in wide)]
     for parameter in frozen:
@@ -93,20 +106,19 @@ def _store(module: nn.Module, dtype: torch.dtype) -> None:
 
 def context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """What the forward and the loss run under."""
-    if precision == "fp16":
-        return _in_float16(device)
-    return torch.autocast(device.type, dtype=DTYPES[precision]) if precision in AUTOCAST else nullcontext()
+    return nullcontext() if precision in ("fp32", "fp64") else _low(precision, device)
 
 
 @contextmanager
-def _in_float16(device: torch.device) -> Iterator[None]:
-    with with_kernels(device), torch.autocast(device.type, dtype=torch.float16):
+def _low(precision: Precision, device: torch.device) -> Iterator[None]:
+    casting = torch.autocast(device.type, dtype=DTYPES[precision]) if precision in AUTOCAST else nullcontext()
+    with with_kernels(precision, device), casting:
         yield
 
 
 @contextmanager
-def with_kernels(device: torch.device) -> Iterator[None]:
-    """Say what to do about an operator that has no kernel for float16 on this device.
+def with_kernels(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Say what to do about an operator that has no kernel for a precision on this device.
 
     Raises:
         RunError: there was one.
@@ -116,9 +128,10 @@ def with_kernels(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, RunError) or not any(sign in str(error) for sign in MISSING):
             raise
+        others = "bf16 or fp32" if precision == "fp16" else "fp32"
         raise RunError(
-            f"precision: fp16, but an operator of this model has no kernel for float16 on {device.type} "
-            f"({str(error).splitlines()[0]}); use bf16 or fp32, or another run.device"
+            f"precision: {precision}, but an operator of this model has no kernel for {WORDS[DTYPES[precision]]} on this "
+            f"{device.type} ({str(error).splitlines()[0]}); use {others}, or another run.device"
         ) from None
 
 

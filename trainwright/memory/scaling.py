@@ -53,7 +53,7 @@ class Scaler:
         parameters = [parameter for _, parameter in trained]
 
         def forward_backward(batches: Sequence[Any]) -> Tensor:
-            with with_kernels(self._device):
+            with with_kernels("fp16", self._device):
                 loss = inner(batches)
             if gradients := [local(p.grad) for p in parameters if p.grad is not None]:
                 torch._foreach_mul_(gradients, 1 / self.scale)

@@ -1,21 +1,13 @@
 """Exact causal attention inside packed documents on the CPU, by a C++ kernel that is compiled when first asked for.
 
-The algorithm stands in ``cpu_attention.cpp``; here are its build, once for each machine and version of PyTorch, and the
-differentiable operator. ``torch.compile`` sees one opaque operator.
+The algorithm stands in ``cpu_attention.cpp``; here is the differentiable operator. ``torch.compile`` sees one opaque operator.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainwright import native
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++20", "-shared", "-fPIC")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -167,61 +160,15 @@ def _array(kind: Any, values: Sequence[int]) -> Any:
     return (kind * len(values))(*values)
 
 
-# --- the build ----------------------------------------------------------------
-
-
 @functools.cache
 def _load() -> tuple[Any, str]:
     """The C function and "", or None and why not."""
     try:
-        function = ctypes.CDLL(str(_build())).trainwright_attention
-        function.restype = ctypes.c_char_p
-        pointer = ctypes.c_void_p
-        function.argtypes = [ctypes.c_int, ctypes.c_int, pointer, ctypes.c_float, *[pointer] * 4, ctypes.c_int64]
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        logger.warning("The CPU attention kernel is not available, attention will be slower: %s", why)
-        return None, why
+        function = native.load(SOURCE).trainwright_attention
+    except native.Unavailable as error:
+        logger.warning("The CPU attention kernel is not available, attention will be slower: %s", error)
+        return None, str(error)
+    function.restype = ctypes.c_char_p
+    pointer = ctypes.c_void_p
+    function.argtypes = [ctypes.c_int, ctypes.c_int, pointer, ctypes.c_float, *[pointer] * 4, ctypes.c_int64]
     return function, ""
-
-
-def _build() -> Path:
-    """The shared library in the user's cache, named by everything that it depends on; compiled if it isn't there."""
-    compiler = _compiler()
-    torch_root = Path(torch.__file__).parent
-    key = repr((SOURCE.read_bytes(), torch.__version__, compiler, FLAGS, platform.machine(), _cpu_flags()))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainwright"
-    library = folder / f"cpu_attention-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    # Several processes may build at once: each in a folder of its own, and the last rename wins.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / "built.so"
-        paths = [f"-I{torch_root / 'include'}", str(SOURCE), "-o", str(built), f"-L{torch_root / 'lib'}"]
-        command = [*compiler, *FLAGS, *paths, "-ltorch_cpu", "-lc10"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            lines = done.stderr.splitlines()
-            first = next((line for line in lines if "error" in line), lines[-1] if lines else f"exit {done.returncode}")
-            raise RuntimeError(f"{shlex.join(compiler)} failed: {first}")
-        os.replace(built, library)
-    return library
-
-
-def _compiler() -> list[str]:
-    if chosen := os.environ.get("CXX"):
-        return shlex.split(chosen)
-    for name in ("g++", "c++", "clang++"):
-        if path := shutil.which(name):
-            return [path]
-    raise RuntimeError("no C++ compiler is installed: install g++, or name one in the environment variable CXX")
-
-
-def _cpu_flags() -> str:
-    """What -march=native depends on: a home folder may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

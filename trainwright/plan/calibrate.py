@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ CONVOLUTIONS = ((512, 2), (512, 4), (256, 8), (64, 32), (128, 32))  # channels a
 HEADS, HEAD_SIZE = 8, 64
 CHAIN = 50
 PATIENCE = 0.02  # seconds for one size
+LONG = 0.5  # seconds: as bfloat16 takes where the processor has no instructions for it
 COLD = 2**24  # bytes of a product's operands that are gone through in turn
 COLDER = 2**26  # the same of elementwise work, which waits for memory
 # gloo over loopback, for want of a measurement with several processes.
@@ -37,7 +39,7 @@ LOOPBACK, LOOPBACK_LATENCY = 1.5e9, 60e-6
 
 
 def cpu() -> Device:
-    """This machine's CPU with the threads that torch has now: from the cache, or measured in about five seconds."""
+    """This machine's CPU with the threads that torch has now: from the cache, or measured: about five seconds, twenty where bfloat16 is slow."""
     curves = _read(_file()) or _keep(_file(), measure())
     best = {
         dtype: max(rate for plane in rates for line in plane for rate in line) for dtype, (_, rates) in curves.products.items()
@@ -83,11 +85,18 @@ def _copies(shape: tuple[int, ...], dtype: torch.dtype, bytes_of_all: int, cold:
 
 
 def _products(dtype: torch.dtype, sizes: list[int]) -> list[list[list[float]]]:
-    return [[[_product(dtype, m, n, k) for k in sizes] for n in sizes] for m in sizes]
+    """By the places of m, n and k in ``sizes``; a product that would take long is as fast as the smaller ones before it."""
+    found: dict[tuple[int, int, int], float] = {}
+    for m, n, k in itertools.product(range(len(sizes)), repeat=3):
+        before = [found[smaller] for smaller in ((m - 1, n, k), (m, n - 1, k), (m, n, k - 1)) if smaller in found]
+        flops = 3 * 2 * sizes[m] * sizes[n] * sizes[k]
+        slow = before and flops / max(before) > LONG
+        found[m, n, k] = max(before) if slow else flops / _product(dtype, sizes[m], sizes[n], sizes[k])
+    return [[[found[m, n, k] for k in range(len(sizes))] for n in range(len(sizes))] for m in range(len(sizes))]
 
 
 def _product(dtype: torch.dtype, m: int, n: int, k: int) -> float:
-    """FLOP/s of (m, k) with (k, n), the mean over the layouts of a linear layer's three products.
+    """Seconds of (m, k) with (k, n) in each of the layouts of a linear layer's three products.
 
     Forward: the right one is a transposed weight; gradient of the input: neither is; of the weight: the left one is.
     """
@@ -101,7 +110,7 @@ def _product(dtype: torch.dtype, m: int, n: int, k: int) -> float:
         torch.mm(one, two, out=out)
         torch.mm(one.view(k, m).t(), two, out=out)
 
-    return 3 * 2 * m * n * k / _seconds(three)
+    return _seconds(three)
 
 
 def _elementwise() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:

@@ -91,4 +91,7 @@ class RunOptions(Section):
     kernels: Literal["auto", "off"] = Field(
         "auto", description="faster ways of our own to compute attention and the loss; off: PyTorch's plain operations"
     )
+    allocator: Literal["auto", "system"] = Field(
+        "auto", description="on a CPU. auto: one that holds no more than the tensors' peak; system: the C library's"
+    )
     threads: Positive | None = Field(None, description="CPU threads; default: what torch finds")
