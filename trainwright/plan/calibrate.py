@@ -39,7 +39,10 @@ LOOPBACK, LOOPBACK_LATENCY = 1.5e9, 60e-6
 
 
 def cpu() -> Device:
-    """This machine's CPU with the threads that torch has now: from the cache, or measured: about five seconds, twenty where bfloat16 is slow."""
+    """This machine's CPU with the threads that torch has now, from the cache.
+
+    If it isn't there, it is measured: in about five seconds, twenty where bfloat16 is slow.
+    """
     curves = _read(_file()) or _keep(_file(), measure())
     best = {
         dtype: max(rate for plane in rates for line in plane for rate in line) for dtype, (_, rates) in curves.products.items()
