@@ -6,15 +6,21 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Outputs x inputs of the seven linear layers of one SmolLM2-135M block (q, k, v, o, gate, up, down), and of its head.
 BLOCK_SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 BLOCKS = 30
 HEAD_SHAPE = (49152, 576)
 SQUARE_SIZES = (1024, 2048, 3072)
+aten = torch.ops.aten
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
+IN_PLACE = {aten.addmm_.default: aten.addmm.default, aten.baddbmm_.default: aten.baddbmm.default}
 
 
 def _status_bytes(field: str) -> int:
@@ -75,3 +81,20 @@ def matrix_product_rate(dtype: torch.dtype) -> dict[str, float]:
         "square": statistics.median(square_product_rate(dtype, size) for size in SQUARE_SIZES),
         "model_shapes": model_product_rate(dtype),
     }
+
+
+class WideProducts(TorchDispatchMode):
+    """Products of bfloat16 as processors with instructions for it make them: summed up in float32 and rounded once.
+
+    For accuracy where there are none; what takes long there is the product itself. Not under ``torch.compile``.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        known = func in IN_PLACE or func.overloadpacket in PRODUCTS
+        if not known or args[-1].dtype != torch.bfloat16:
+            return func(*args, **kwargs)
+        into = args[0] if func in IN_PLACE else kwargs.pop("out", None)
+        wide = [one.float() if isinstance(one, Tensor) else one for one in args]
+        result = IN_PLACE.get(func, func.overloadpacket.default)(*wide, **kwargs).to(torch.bfloat16)
+        return result if into is None else into.copy_(result)

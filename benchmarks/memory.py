@@ -8,7 +8,8 @@ stream          a model larger than its memory: see ``memory_stream``
 budgets         LoRA (one row of 512 tokens at a time) and a full fine-tune by settings that take less and less memory; of each
                 the process's peak less what it held after the imports (VmHWM - VmRSS), and tokens/s; weights from a file in
                 bfloat16, as models are published
-accuracy        the held-out loss of recipes/docstrings.yaml after a few steps, by ways of storing and rounding
+accuracy        the held-out loss of recipes/docstrings.yaml after a few steps, by ways of storing and rounding; where the
+                processor has no instructions for bfloat16, products are made in float32 of the same numbers, not compiled
 
 Bytes of the first case are those of live tensors, as PyTorch's profiler sees each allocation of the CPU, compiled or not:
   held         what the forward left for the backward of the blocks: live when that begins, less what was live before the step
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -262,17 +264,22 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
 
 def train_docstrings(way: str, options: argparse.Namespace) -> None:
     """In this process; its JSON on stdout."""
+    from benchmarks.machine import WideProducts
     from trainwright import build, loop
+    from trainwright.memory.precision import multiplies_bfloat16
     from trainwright.recipe.file import changed, load
 
+    able = multiplies_bfloat16()
     shorter = {
         "training.steps": options.accuracy_steps, "evaluation.samples": 0, "data.limit": 300, "data.sequence_length": 256
     }  # fmt: skip
-    run = build.assemble(changed(load(Path("recipes/docstrings.yaml")), {**shorter, **ACCURACY[way]}))
-    before = loop.evaluate(run)["loss"]
-    results = list(loop.train(run))
-    print(json.dumps({"before": before, "loss": loop.evaluate(run)["loss"],
-                      "seconds": statistics.median(result.seconds for result in results)}))  # fmt: skip
+    compiled = {} if able else EAGER
+    run = build.assemble(changed(load(Path("recipes/docstrings.yaml")), {**shorter, **compiled, **ACCURACY[way]}))
+    with nullcontext() if able else WideProducts():
+        before = loop.evaluate(run)["loss"]
+        results = list(loop.train(run))
+        after = loop.evaluate(run)["loss"]
+    print(json.dumps({"before": before, "loss": after, "seconds": statistics.median(result.seconds for result in results)}))
 
 
 def child(arguments: list[str]) -> dict[str, Any]:
