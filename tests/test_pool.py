@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -43,6 +44,17 @@ def _group() -> int:
 
 def test_groups_of_a_job_are_gone_with_it(pool):
     assert pool.run(_group) == pool.run(_group) == [2, 2]
+
+
+def _group_that_refers_to_itself() -> int:
+    holder: list[object] = [dist.new_group([0, 1])]
+    holder.append(holder)
+    return sum("gloo" in task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir())
+
+
+def test_threads_of_a_jobs_groups_are_gone_with_it(pool):
+    counts = [pool.run(_group_that_refers_to_itself) for _ in range(3)]
+    assert counts[0] == counts[1] == counts[2]
 
 
 def _refuses() -> None:
@@ -94,6 +106,7 @@ def test_a_process_that_is_gone_or_says_nothing(pool):
 
 SCRIPT = """
 import time
+from pathlib import Path
 from trainwright.launch.pool import Pool
 from tests.test_pool import _process, _waits
 if __name__ == "__main__":

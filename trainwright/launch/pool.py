@@ -9,6 +9,7 @@ no answer in time, the others may wait for it for ever, so all are begun anew wi
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -186,6 +187,7 @@ def _serve(pipe: Connection, rank: int, count: int, port: int, prepare: Prepare 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
     dist.init_process_group("gloo", timeout=timedelta(seconds=GROUP_TIMEOUT))
+    gc.freeze()  # what was imported stays, and needn't be looked through after each job
     while True:
         try:
             function, arguments = pipe.recv()
@@ -208,9 +210,12 @@ def _forget_groups() -> None:
     from torch.distributed.distributed_c10d import _world
 
     kept = {id(group) for name in DEEPSPEED for group in _groups_in(vars(sys.modules[name]) if name in sys.modules else {})}
-    for group in list(_world.pg_map):
-        if group is not dist.group.WORLD and id(group) not in kept:
-            dist.destroy_process_group(group)
+    over = [group for group in _world.pg_map if group is not dist.group.WORLD and id(group) not in kept]
+    for group in over:
+        dist.destroy_process_group(group)
+    if over:
+        over.clear()
+        gc.collect()  # models that share parameters refer to themselves, and to a group, whose threads go on as long
 
 
 def _groups_in(value: Any, depth: int = 3) -> Iterator[Any]:
