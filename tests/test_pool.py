@@ -53,8 +53,9 @@ def _group_that_refers_to_itself() -> int:
 
 
 def test_threads_of_a_jobs_groups_are_gone_with_it(pool):
-    counts = [pool.run(_group_that_refers_to_itself) for _ in range(3)]
-    assert counts[0] == counts[1] == counts[2]
+    counts = [pool.run(_group_that_refers_to_itself) for _ in range(8)]
+    # A group has three; those of the one before may not have ended yet.
+    assert all(later - first < 7 for first, later in zip(counts[0], counts[-1], strict=True)), counts
 
 
 def _refuses() -> None:
