@@ -22,7 +22,7 @@ from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built, Part, Shape
 from trainwright.data import text
 from trainwright.loop import Extra, Run, Sample, finite
-from trainwright.memory import heap, layout, precision, scaling
+from trainwright.memory import layout, precision, scaling
 from trainwright.models import catalogue, decoder, pretrained, user
 from trainwright.models.contract import Change
 from trainwright.parallel import collectives
@@ -206,8 +206,6 @@ def assemble_model(recipe: Recipe, shape: Shape | None = None, *, frozen: bool =
         changes.append(held)
     changes.append(precision.apply(model, kind))  # after it, because frozen parameters are stored in less
     division, more = spread.divide(model, recipe, mesh or Mesh())
-    if allocator := heap.use(recipe.run.allocator, place):
-        more.append(allocator)
     return Built(model, [*changes, *more], config, source, kind, place, mesh or Mesh(), division)
 
 

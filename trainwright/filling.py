@@ -18,7 +18,7 @@ from trainwright import frozen, spread
 from trainwright.adapt import lora
 from trainwright.adapt import partial as partial_tuning
 from trainwright.built import Built
-from trainwright.memory import checkpointing, layout, precision
+from trainwright.memory import checkpointing, heap, layout, precision
 from trainwright.models import decoder, init, pretrained
 from trainwright.models.contract import Change
 from trainwright.parallel import sharing
@@ -35,13 +35,14 @@ def fill(built: Built, recipe: Recipe, compiler: Compiler | None = None) -> Plac
     model, device, values = built.model, built.device, compiler is None
     blank = pretrained.blank(model)
     ours = recipe.parallel.engine == "torch"
+    if device.type == "cpu":
+        layout.thin(model)  # before the layers of a block are shared
     early = spread.share(model, recipe, built.mesh, device) if recipe.parallel.zero == 3 and ours else None
     _mark(model, blank)
-    if device.type == "cpu":
-        layout.thin(model)
     places = Places(built.mesh, early or sharing.alone(model), built.division.pieces, built.division.copies)
     if values:
-        built.changes.extend(precision.slow(built.precision, device))
+        here = (precision.slow(built.precision, device), heap.use(recipe.run.allocator, device))
+        built.changes.extend(change for change in here if change)
         materialise(built, recipe, blank, places)
     else:
         frozen.hold(built, recipe)

@@ -62,12 +62,12 @@ def apply(model: nn.Module, precision: Precision) -> Change:
     return _all_in_bfloat16(model) if precision == "pure_bf16" else _mixed(model, precision)
 
 
-def slow(precision: Precision, device: torch.device) -> list[Change]:
+def slow(precision: Precision, device: torch.device) -> Change | None:
     """What to know of a precision that this processor emulates."""
     if precision in ("fp32", "fp64") or device.type != "cpu" or multiplies_bfloat16():
-        return []
+        return None
     word = WORDS[DTYPES[precision]]
-    return [Change("precision", f"this CPU has no instructions for {word}: products take many times as long as in fp32")]
+    return Change("precision", f"this CPU has no instructions for {word}: products take many times as long as in fp32")
 
 
 def _mixed(model: nn.Module, precision: Precision) -> Change:
