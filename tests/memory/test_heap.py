@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from tests import small
-from trainwright import build, loop, native
+from trainwright import build, loop
 from trainwright.memory import heap
 
 CPU = torch.device("cpu")
@@ -218,8 +218,3 @@ def test_without_a_compiler_the_systems_is_used(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("wished", "device"), [("system", "cpu"), ("auto", "meta"), ("auto", "cuda")])
 def test_it_is_for_the_cpu_alone(wished, device):
     assert heap.use(wished, torch.device(device)) is None
-
-
-def test_it_is_built_once(monkeypatch):
-    monkeypatch.setattr(subprocess, "run", None)
-    assert native.load(heap.SOURCE)
