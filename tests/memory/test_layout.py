@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests import small
+from trainwright import build
 from trainwright.memory import layout
 
 
@@ -65,3 +67,9 @@ def test_values_and_names_stay():
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "no convolutions" in layout.apply(nn.Sequential(nn.Linear(2, 2))).summary
+
+
+def test_a_narrow_model_is_built_with_them(tmp_path):
+    run = build.assemble(small.recipe(tmp_path, model={"architecture": "resnet18", "options": {"width": 4}}))
+    narrow = [name for name, module in run.model.named_modules() if isinstance(module, layout.Thinned)]
+    assert narrow == ["layer2.0.downsample.0", "layer3.0.downsample.0"]
