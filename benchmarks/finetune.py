@@ -8,6 +8,7 @@ full     every weight, data as dense; ours with float32 masters
 
 The peer runs at its ``usual`` settings (bf16=True) and at its ``best`` (see ``peer_finetune``); for full
 also at its best with float32 masters (``master``), since its ``best`` there keeps its weights and optimizer in bf16.
+Where the processor has no instructions for bfloat16, all of them are faster in float32, and so all take that.
 Every figure is a median over the rounds; a ratio is taken within a round. Each process starts anew.
 """
 
@@ -107,9 +108,8 @@ def compare(case: str, rounds: list[dict[str, dict[str, Any]]], machine: dict[st
 
 
 def machine_figures() -> dict[str, Any]:
-    """FLOP/s of bf16 products here, in a process of its own, and what the machine is."""
-    code = "import json, torch; from benchmarks.machine import matrix_product_rate as m; print(json.dumps(m(torch.bfloat16)))"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    """FLOP/s of products here in the dtype that all take, in a process of its own, and what the machine is."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.machine"], stdout=subprocess.PIPE, text=True, check=True)
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return {**json.loads(done.stdout), "cpu": names[0] if names else platform.processor(), "cores": len(names)}
 

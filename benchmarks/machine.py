@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -13,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainwright.memory.precision import multiplies_bfloat16
+
 # Outputs x inputs of the seven linear layers of one SmolLM2-135M block (q, k, v, o, gate, up, down), and of its head.
 BLOCK_SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 BLOCKS = 30
 HEAD_SHAPE = (49152, 576)
 SQUARE_SIZES = (1024, 2048, 3072)
+FAST = torch.bfloat16 if multiplies_bfloat16() else torch.float32  # the dtype that whoever wants speed takes here
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
 IN_PLACE = {aten.addmm_.default: aten.addmm.default, aten.baddbmm_.default: aten.baddbmm.default}
@@ -98,3 +102,7 @@ class WideProducts(TorchDispatchMode):
         wide = [one.float() if isinstance(one, Tensor) else one for one in args]
         result = IN_PLACE.get(func, func.overloadpacket.default)(*wide, **kwargs).to(torch.bfloat16)
         return result if into is None else into.copy_(result)
+
+
+if __name__ == "__main__":
+    print(json.dumps({"dtype": str(FAST), **matrix_product_rate(FAST)}))

@@ -3,7 +3,8 @@
     python -m benchmarks.memory [--json] [--cases checkpointing,stream,budgets,accuracy] [--rounds 2] [--steps 6] [--warmup 2]
 
 checkpointing   memory.checkpointing none, full, selective and offload, compiled as a recipe is by default, and Hugging Face's
-                model with PEFT (bf16 weights, SDPA), without and with gradient_checkpointing=True
+                model with PEFT (bf16 weights, SDPA), without and with gradient_checkpointing=True; both in float32 where
+                the processor has no instructions for bfloat16
 stream          a model larger than its memory: see ``memory_stream``
 budgets         LoRA (one row of 512 tokens at a time) and a full fine-tune by settings that take less and less memory; of each
                 the process's peak less what it held after the imports (VmHWM - VmRSS), and tokens/s; weights from a file in
@@ -40,12 +41,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import memory_stream
+from benchmarks.machine import FAST
 from benchmarks.memory_stream import bytes_of
 
 LENGTH, ROWS, WIDTH, BLOCKS = 512, 2, 576, 30
 MODES = ("none", "full", "selective", "offload")
 PEERS = ("peer none", "peer full")
-INPUTS = BLOCKS * ROWS * LENGTH * WIDTH * 2  # bytes of the residual stream in bf16 before each block
+INPUTS = BLOCKS * ROWS * LENGTH * WIDTH * FAST.itemsize  # bytes of the residual stream before each block
 FILE, PUBLISHED = "model.safetensors", "base-bf16"
 BUDGETS = {"dense": 450.0, "full": 1536.0}  # MiB on top of the imports
 ONE, CKPT = {"training.micro_batch_size": 1}, {"memory.checkpointing": "full"}

@@ -67,7 +67,7 @@ def measure(folder: str, frozen: str, steps: int, length: int) -> dict[str, Any]
         model={"pretrained": str(place / "model")},
         adapt={"method": "lora", "rank": 16},
         memory={"checkpointing": "full", "frozen": frozen},
-        precision="bf16",
+        precision="auto",
         data__sequence_length=length,
         data__held_out=None,
         evaluation={"before": False},

@@ -36,7 +36,7 @@ def recipe(case: str, steps: int, base: str) -> Recipe:
             "data": {"source": "the benchmark's own", "sequence_length": LENGTH, "held_out": None},
             "optimizer": {"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0},
             "schedule": {"name": "constant", "warmup": 0},
-            "precision": "bf16",
+            "precision": "auto",
             "training": {"steps": steps, "batch_size": ROWS[case], "clip_norm": 1.0},
         }
     )

@@ -234,7 +234,7 @@ def decoder(options: argparse.Namespace) -> dict[str, Any]:
 
 def zero3(options: argparse.Namespace) -> dict[str, Any]:
     """All weights, float32 masters."""
-    return smollm({"method": "full"}, "bf16", {"zero": 3}, options)
+    return smollm({"method": "full"}, "auto", {"zero": 3}, options)
 
 
 def smollm(adapt: dict[str, Any], precision: str, parallel: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from transformers import (
     default_data_collator,
 )
 
-from benchmarks.machine import peak_resident_bytes, resident_bytes
+from benchmarks.machine import FAST, peak_resident_bytes, resident_bytes
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IGNORED = -100
@@ -53,7 +53,7 @@ class Settings:
     """What a variant chooses; all else is equal in every run of a case."""
 
     weights: torch.dtype = torch.float32
-    autocast: bool = True
+    autocast: bool = torch.bfloat16 == FAST
     adapter_fp32: bool = True  # PEFT's default: LoRA weights in fp32 whatever the base is in
     compile: bool = False
     attention: str = "sdpa"
@@ -62,7 +62,7 @@ class Settings:
 
 
 USUAL = Settings()
-PURE_BF16 = Settings(weights=torch.bfloat16, autocast=False, adapter_fp32=False)
+PURE_BF16 = Settings(weights=FAST, autocast=False, adapter_fp32=False)
 
 SETTINGS = {
     ("dense", "usual"): replace(USUAL, sampling="sequential"),

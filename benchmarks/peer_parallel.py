@@ -10,6 +10,8 @@ fsdp2_eager      fsdp2 uncompiled
 deepspeed        DeepSpeed stage 3, bfloat16 with float32 masters (made from weights already rounded to bfloat16), compiled
 deepspeed_eager  the same uncompiled
 
+Where the processor has no instructions for bfloat16, all is float32.
+
 The loop is the one of accelerate's tutorials. Rank 0 puts one JSON document on stdout, a list of what each rank found; all
 else goes to stderr.
 """
@@ -34,10 +36,11 @@ from accelerate.utils import DistributedType, TorchDynamoPlugin
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
-from benchmarks.machine import peak_resident_bytes, resident_bytes
+from benchmarks.machine import FAST, peak_resident_bytes, resident_bytes
 
 ROWS = 2  # of a process
 LENGTH = 512
+MIXED = "bf16" if torch.bfloat16 == FAST else "no"
 BUCKET = 25_000_000  # numbers that DeepSpeed reduces at once; by default it would make room for 500 million
 
 
@@ -70,7 +73,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
 
 def on_fsdp2(settings: Settings, dynamo: TorchDynamoPlugin | None) -> Accelerator:
     """NOTE: accelerate 1.15 leaves its FSDP plugin aside on the CPU; told otherwise, all that follows works as on GPUs."""
-    precision = "bf16" if settings.masters else "no"
+    precision = MIXED if settings.masters else "no"
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         reshard_after_forward=True,
@@ -79,7 +82,7 @@ def on_fsdp2(settings: Settings, dynamo: TorchDynamoPlugin | None) -> Accelerato
         cpu_ram_efficient_loading=False,
     )
     accelerator = Accelerator(cpu=True, mixed_precision=precision, fsdp_plugin=plugin, dynamo_plugin=dynamo)
-    if settings.masters:
+    if precision != "no":
         plugin.set_mixed_precision(precision)
     AcceleratorState().fsdp_plugin = plugin
     for state in (AcceleratorState(), PartialState()):
@@ -98,7 +101,7 @@ def on_deepspeed(settings: Settings, dynamo: TorchDynamoPlugin | None) -> Accele
     }
     config = {
         "zero_optimization": zero,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": MIXED == "bf16"},
         "gradient_clipping": 1.0,
         "gradient_accumulation_steps": 1,
         "train_micro_batch_size_per_gpu": ROWS,
@@ -106,7 +109,7 @@ def on_deepspeed(settings: Settings, dynamo: TorchDynamoPlugin | None) -> Accele
     }
     return Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
-        mixed_precision="bf16",
+        mixed_precision=MIXED,
         dynamo_plugin=dynamo,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
     )
@@ -115,7 +118,7 @@ def on_deepspeed(settings: Settings, dynamo: TorchDynamoPlugin | None) -> Accele
 def train(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """Rates after the warm-up, of all processes together, and the mean loss of each step."""
     accelerator = make_accelerator(settings)
-    kind = torch.float32 if settings.masters else torch.bfloat16
+    kind = torch.float32 if settings.masters else FAST
     model = LlamaForCausalLM.from_pretrained(options.work / "base", dtype=kind, attn_implementation=settings.attention)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -16,14 +16,17 @@ DECODER: dict[str, dict[str, Any]] = {
     "pure_bf16": {"precision": "pure_bf16"},
     "lora": {"adapt": LORA},
     "lora, bf16": {"adapt": LORA, "precision": "bf16"},
-    "lora, 4-bit base": {"adapt": {**LORA, "base": "4bit"}, "precision": "bf16"},
-    "lora, streamed base": {"adapt": LORA, "precision": "bf16", "memory": {"frozen": "stream"}},
+    "lora, 4-bit base": {"adapt": {**LORA, "base": "4bit"}},
+    "lora, 4-bit base, bf16": {"adapt": {**LORA, "base": "4bit"}, "precision": "bf16"},
+    "lora, streamed base": {"adapt": LORA, "memory": {"frozen": "stream"}},
+    "lora, streamed base, bf16": {"adapt": LORA, "precision": "bf16", "memory": {"frozen": "stream"}},
     "checkpointing full": {"memory": {"checkpointing": "full"}},
     "checkpointing full, every 2": {"memory": {"checkpointing": "full", "every": 2}},
     "checkpointing selective": {"memory": {"checkpointing": "selective"}},
     "checkpointing offload": {"memory": {"checkpointing": "offload"}},
     "8-bit states": {"memory": {"optimizer_states": "8bit"}},
-    "8-bit states, full": {"memory": {"optimizer_states": "8bit", "checkpointing": "full"}, "precision": "bf16"},
+    "8-bit states, full": {"memory": {"optimizer_states": "8bit", "checkpointing": "full"}},
+    "8-bit states, full, bf16": {"memory": {"optimizer_states": "8bit", "checkpointing": "full"}, "precision": "bf16"},
     "states on disk": {"memory": {"optimizer_offload": "disk"}},
     "optimizer in backward": {"memory": {"optimizer_in_backward": True}, "training__clip_norm": None},
     "accumulation": {"training__micro_batch_size": 2},
@@ -61,9 +64,12 @@ REAL: dict[str, list[str]] = {
     "SmolLM2-135M, LoRA, compiled, full": ["recipes/docstrings.yaml", "memory.checkpointing=full"],
 }
 MEMORY = [*(f"decoder {name}" for name in DECODER), *SAMPLES, *REAL]
+BF16 = {case for case in MEMORY if "bf16" in case}
 TIME = [
-    "decoder fp32", "decoder bf16", "decoder lora", "decoder checkpointing full", "decoder compiled", "decoder compiled, bf16",
-    "mlp", "cnn, 64 pixels", "resnet18", "resnet18, bf16", "resnet50", "vgg16", "unet", "SmolLM2-135M, LoRA, compiled",
+    "decoder fp32", "decoder bf16", "decoder lora", "decoder lora, streamed base", "decoder checkpointing full",
+    "decoder checkpointing selective", "decoder accumulation", "decoder compiled", "decoder compiled, bf16",
+    "decoder compiled, full", "mlp", "cnn, 64 pixels", "resnet18", "resnet18, bf16", "resnet18, full", "resnet50", "vgg16",
+    "unet", "SmolLM2-135M, LoRA, compiled", "SmolLM2-135M, LoRA, compiled, full",
 ]  # fmt: skip
 RSS = ["SmolLM2-135M, LoRA, compiled", "SmolLM2-135M, LoRA", "vgg16", "resnet50"]
 RANKS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -6,6 +6,8 @@ import datetime
 import itertools
 import math
 import multiprocessing
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -386,3 +388,15 @@ def test_language_models():
     assert tuple(found) == LANGUAGE_MODEL
     assert found == {"loss": 3.0, "perplexity": math.exp(3.0)}
     assert math.isfinite(language_model(1e6, 1)["perplexity"])
+
+
+def test_torchmetrics_is_imported_without_what_only_others_of_its_metrics_need():
+    """Which takes seconds; who imports it elsewhere, a module of the user's, gets all of it."""
+    code = (
+        "import sys, trainwright.metrics.meter\n"
+        "print(sorted({'matplotlib', 'scipy', 'torchvision', 'transformers'} & set(sys.modules)))\n"
+        "from torchmetrics.text import BERTScore\n"
+        "print(BERTScore.__name__)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.split() == ["[]", "BERTScore"]

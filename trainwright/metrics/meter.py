@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.nn import functional
-from torchmetrics import MeanMetric, Metric, SumMetric, classification, regression
-from torchmetrics.utilities.data import dim_zero_cat
 
 from trainwright.metrics.language import LARGEST
+from trainwright.metrics.lean import lean
 from trainwright.metrics.names import check, defaults, top
 from trainwright.recipe import RunError, Task
+
+with lean():
+    from torchmetrics import MeanMetric, Metric, SumMetric, classification, regression
+    from torchmetrics.utilities.data import dim_zero_cat
 
 __all__ = ["CONFUSION_AXES", "Meter", "check", "defaults"]
 
