@@ -82,6 +82,29 @@ def start(folder: Path, nproc: int, *arguments: str, steps: int = 5, restarts: i
     return Launched(process, folder)
 
 
+# ---- logs
+
+
+def test_logs_are_whole_when_they_are_closed_whoever_holds_the_pipes(tmp_path: Path) -> None:
+    """Elastic keeps its end of each open; waiting for that made every run of several processes end many seconds late."""
+    from trainwright.launch import agent
+
+    job = agent.Job("tests.launched", [], 2, 0, tmp_path, 10.0, {}, print)
+    logs = agent._Logs(job)
+    places = logs.reify({local: {"RANK": str(local)} for local in range(2)})
+    threads = list(logs.copies)
+    with open(places.stdouts[1], "w") as out, open(places.stderrs[1], "w") as errors:
+        for line in range(20_000):
+            print(f"out {line}", file=out)
+        print("the last words", file=errors)
+        out.flush(), errors.flush()
+        logs.close()
+        assert not any(thread.is_alive() for thread in threads)
+    lines = launch_ranks.log_of(tmp_path, 1).read_text().splitlines()
+    assert [line for line in lines if line.startswith("out")] == [f"out {line}" for line in range(20_000)]
+    assert "the last words" in lines
+
+
 # ---- whole jobs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -147,7 +148,7 @@ class _Logs(LogsSpecs):
         self.job = job
         self.noted = False
         self.copies: list[threading.Thread] = []
-        self.ends: list[int] = []
+        self.ends: list[int] = []  # of pipes, which hold them open until ``close``
 
     @property
     def root_log_dir(self) -> str:
@@ -157,6 +158,8 @@ class _Logs(LogsSpecs):
         """Called before each start of the workers."""
         self.close()
         self.noted = False
+        over, end = os.pipe()
+        self.ends.append(end)
         destination = LogsDest()
         for local, env in envs.items():
             rank = int(env["RANK"])
@@ -165,25 +168,26 @@ class _Logs(LogsSpecs):
             env["TORCHELASTIC_ERROR_FILE"] = destination.error_files[local] = str(ranks.error_of(self.job.folder, rank))
             env |= self.job.extra
             log = ranks.log_of(self.job.folder, rank)
-            destination.stdouts[local] = self._copied(log, 1 if rank == 0 else None)
-            destination.stderrs[local] = self._copied(log, 2 if rank == 0 else None)
+            destination.stdouts[local] = self._copied(log, 1 if rank == 0 else None, over)
+            destination.stderrs[local] = self._copied(log, 2 if rank == 0 else None, over)
+        os.close(over)
         return destination
 
-    def _copied(self, log: Path, console: int | None) -> str:
+    def _copied(self, log: Path, console: int | None, over: int) -> str:
         """The name of a new pipe whose other end is copied."""
         # NOTE: elastic opens each destination with mode "w": as a file, stdout and stderr would overwrite each other.
         source, end = os.pipe()
         self.ends.append(end)
-        self.copies.append(threading.Thread(target=_copy, args=(source, log, console), daemon=True))
+        self.copies.append(threading.Thread(target=_copy, args=(source, log, console, os.dup(over)), daemon=True))
         self.copies[-1].start()
         return f"/dev/fd/{end}"
 
     def close(self) -> None:
-        """Wait until all that was written is copied."""
+        """Copy what the workers, who have ended, left in the pipes."""
         while self.ends:
             os.close(self.ends.pop())
         while self.copies:
-            self.copies.pop().join(timeout=5)  # a grandchild that lives on may hold a pipe open
+            self.copies.pop().join(timeout=5)  # a grandchild that lives on may write for ever
 
     def told(self) -> dict[int, Failure | None]:
         """What each rank says about its failure.
@@ -198,9 +202,16 @@ class _Logs(LogsSpecs):
         return told
 
 
-def _copy(source: int, log: Path, console: int | None) -> None:
-    with os.fdopen(source, "rb", buffering=0) as pipe, log.open("ab", buffering=0) as file:
-        while data := pipe.read(65536):
+def _copy(source: int, log: Path, console: int | None, over: int) -> None:
+    """Until the source ends, or has nothing left when ``over`` has ended.
+
+    NOTE: elastic holds the workers' end of the source open for as long as it knows of them.
+    """
+    ready = select.poll()
+    ready.register(source, select.POLLIN)
+    ready.register(over, select.POLLIN)
+    with os.fdopen(source, "rb", buffering=0) as pipe, os.fdopen(over), log.open("ab", buffering=0) as file:
+        while source in dict(ready.poll()) and (data := pipe.read(65536)):
             with suppress(OSError):  # a full disk must not stop the worker
                 file.write(data)
             if console is not None and not _write(console, data):
