@@ -1,5 +1,6 @@
 """Measuring the CPU, briefly, and keeping what was measured."""
 
+import dataclasses
 import json
 import math
 import time
@@ -7,9 +8,9 @@ import time
 import pytest
 import torch
 
-from trainwright.plan import calibrate
-from trainwright.plan.devices import find
-from trainwright.plan.timing import TOGETHER, estimate
+from trainwright.plan import calibrate, composed
+from trainwright.plan.devices import Curves, find
+from trainwright.plan.timing import estimate
 from trainwright.plan.work import Work
 
 WAYS = ("forward", "backward")
@@ -26,6 +27,8 @@ def _quick():
         patch.setattr(calibrate, "COLD", 2**17)
         patch.setattr(calibrate, "COLDER", 2**17)
         patch.setattr(calibrate, "CHAIN", 5)
+        patch.setattr(composed, "ROWS", 32)
+        patch.setattr(composed, "REPEATS", 2)
         yield
 
 
@@ -50,6 +53,8 @@ def test_all_that_is_needed_is_measured(measured):
         assert len(sizes) == len(rates) >= 2
         assert all(rate > 0 for rate in rates)
     assert 1e-8 < measured.overhead < 1e-3
+    assert set(measured.together) <= {"float32", "bfloat16"}
+    assert measured.together["float32"] > 0
 
 
 def test_products_that_would_take_long_are_as_fast_as_smaller_ones(monkeypatch):
@@ -100,6 +105,44 @@ def test_rates_are_work_over_time(monkeypatch):
     assert found.rates["convolution.forward.float32"] == ([flops / moved], [flops / 2])
     both = 4 * (8 * 4 * 64 * 3 + 4 * 4 * 9 * 2)
     assert found.rates["convolution.backward.float32"] == ([2 * flops / both], [flops])
+
+
+def test_of_two_rounds_the_faster_figure_counts():
+    """Another's work only ever adds time; what the second round left out is as in the first."""
+    one = Curves({"float32": ([1], [[[2.0]]]), "bfloat16": ([1], [[[1.0]]])}, {"a": ([1.0, 2.0], [3.0, 9.0])}, 0.5)
+    other = Curves({"float32": ([1], [[[5.0]]])}, {"a": ([1.0, 2.0], [4.0, 8.0]), "b": ([1.0], [1.0])}, 0.4)
+    found = calibrate._faster(one, other)
+    assert found.products == {"float32": ([1], [[[5.0]]]), "bfloat16": ([1], [[[1.0]]])}
+    assert found.rates == {"a": ([1.0, 2.0], [4.0, 9.0])}
+    assert found.overhead == 0.4
+
+
+def test_slow_convolutions_are_not_measured_at_each_size(monkeypatch):
+    monkeypatch.setattr(calibrate, "_both", lambda call, inputs: pytest.fail("measured"))
+    points = {"forward": [(1.0, 10.0)], "backward": [(1.0, 5.0)]}
+    assert calibrate._as_before(points, 40.0) == (4.0, 16.0)
+    assert calibrate._as_before(points, 1.0) is None
+    assert calibrate._as_before({"forward": [], "backward": []}, 40.0) is None
+
+
+def test_a_whole_step_is_held_against_its_operators(monkeypatch, measured):
+    """Of operators that are calibrated twice as fast a step takes twice as long."""
+    monkeypatch.setattr(composed, "_seconds", lambda step: 1.0)
+    device = calibrate._device(dataclasses.replace(measured, together={}, overhead=0.0))
+    factor = composed.longer(torch.float32, device)
+    rates = {name: (sizes, [2 * rate for rate in found]) for name, (sizes, found) in measured.rates.items()}
+    sizes, planes = measured.products["float32"]
+    products = {"float32": (sizes, [[[2 * rate for rate in line] for line in plane] for plane in planes])}
+    faster = dataclasses.replace(device, curves=Curves(products, rates, 0.0))
+    assert composed.longer(torch.float32, faster) == pytest.approx(2 * factor)
+
+
+def test_the_step_is_that_of_gated_perceptrons():
+    with composed._Counting() as counting:
+        composed._step(torch.float32)()
+    products = [work for work in counting.counts.all_works() if work.kind == "product"]
+    forward = 3 * 2 * composed.ROWS * composed.WIDTH * composed.INNER
+    assert sum(work.flops * work.calls for work in products) == 3 * composed.BLOCKS * forward, "and twice that backward"
 
 
 def test_bytes_that_an_element_moves(monkeypatch):
@@ -179,4 +222,5 @@ def test_a_measured_size_is_predicted_as_measured(monkeypatch, tmp_path, measure
     one = Work("aten.mm", "product", "bfloat16", flops, 1, (1, 64, 64, 16), "forward", 5)
     found = estimate([one], [], calibrate.cpu())
     rate = measured.products["bfloat16"][1][1][1][0]
-    assert found.seconds == pytest.approx(5 * (TOGETHER * flops / rate + measured.overhead))
+    together = measured.together.get("bfloat16", measured.together["float32"])
+    assert found.seconds == pytest.approx(5 * (together * flops / rate + measured.overhead))

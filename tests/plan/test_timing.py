@@ -189,17 +189,15 @@ CURVES = Curves(
 MEASURED = dataclasses.replace(SLOW, name="cpu", curves=CURVES)
 
 
-@pytest.fixture(autouse=True)
-def operators_alone(monkeypatch):
-    """As they were calibrated; what a step adds is tested by itself."""
-    monkeypatch.setattr(timing, "TOGETHER", 1.0)
-
-
-def test_on_a_cpu_operators_take_longer_in_a_step(monkeypatch):
-    work = Work("aten.mm", "product", "float32", 2 * 64**3, 3 * 64 * 64 * 4, (1, 64, 64, 64), "forward", 1)
+@pytest.mark.parametrize(("dtype", "factor"), [("float32", 1.5), ("bfloat16", 2.0), ("float16", 1.5)])
+def test_on_a_cpu_operators_take_longer_in_a_step(dtype, factor):
+    """Of a dtype whose factor isn't known as in float32."""
+    work = Work("aten.mm", "product", dtype, 2 * 64**3, 3 * 64 * 64 * 4, (1, 64, 64, 64), "forward", 1)
     alone, elsewhere = timing.cost(work, MEASURED), timing.cost(work, SLOW)
-    monkeypatch.setattr(timing, "TOGETHER", 1.5)
-    assert timing.cost(work, MEASURED).running == pytest.approx(1.5 * alone.running)
+    curves = dataclasses.replace(CURVES, together={"float32": 1.5, "bfloat16": 2.0})
+    together = timing.cost(work, dataclasses.replace(MEASURED, curves=curves))
+    assert together.running == pytest.approx(factor * alone.running)
+    assert together.starting == alone.starting
     assert timing.cost(work, SLOW) == elsewhere
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -12,26 +13,30 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
+from trainwright.plan import composed
 from trainwright.plan.devices import Curves, Device
 
 logger = logging.getLogger(__name__)
 
 SIZES = {"float32": [16, 128, 512, 1536], "bfloat16": [16, 128, 512, 1536], "float16": [32, 256]}
+DTYPES = ("float32", "bfloat16")  # of all that isn't a product
 BYTES = [2**16, 2**20, 2**23, 2**26]  # in the inner caches, the outer ones, and out of them
 LENGTHS = [128, 512, 1536]
 CONVOLUTIONS = ((512, 2), (512, 4), (256, 8), (64, 32), (128, 32))  # channels and pixels along a side
 HEADS, HEAD_SIZE = 8, 64
 CHAIN = 50
-PATIENCE = 0.02  # seconds for one size
-LONG = 0.5  # seconds: as bfloat16 takes where the processor has no instructions for it
+ROUNDS = 2  # over all sizes, some seconds apart: another's work, which only ever adds time, seldom lasts
+PATIENCE = 0.01  # seconds for one size in a round
+LONG = 0.2  # seconds: as bfloat16 takes where the processor has no instructions for it
+SLOW = 4  # times as long as in float32: then one round is enough, and no whole step is measured
 COLD = 2**24  # bytes of a product's operands that are gone through in turn
 COLDER = 2**26  # the same of elementwise work, which waits for memory
 # gloo over loopback, for want of a measurement with several processes.
@@ -41,9 +46,12 @@ LOOPBACK, LOOPBACK_LATENCY = 1.5e9, 60e-6
 def cpu() -> Device:
     """This machine's CPU with the threads that torch has now, from the cache.
 
-    If it isn't there, it is measured: in about five seconds, twenty where bfloat16 is slow.
+    If it isn't there, it is measured: in some ten seconds, twenty where bfloat16 is slow.
     """
-    curves = _read(_file()) or _keep(_file(), measure())
+    return _device(_read(_file()) or _keep(_file(), measure()))
+
+
+def _device(curves: Curves) -> Device:
     best = {
         dtype: max(rate for plane in rates for line in plane for rate in line) for dtype, (_, rates) in curves.products.items()
     }
@@ -55,12 +63,35 @@ def cpu() -> Device:
 
 
 def measure() -> Curves:
-    """Rates over sizes of products, convolutions, attention and elementwise work, and the overhead of a call."""
+    """Rates over sizes of products, convolutions, attention and elementwise work, the overhead of a call, and all together."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        products = {dtype: (sizes, _products(getattr(torch, dtype), sizes)) for dtype, sizes in SIZES.items()}
-        rates = dict([*_elementwise(), *_pools(), *_convolutions(), *_attention(), *_packed()])
-        return Curves(products, rates, _overhead())
+        curves = _once(list(SIZES))
+        best = _device(curves).flops
+        quick = [name for name in SIZES if best[name] > best["float32"] / SLOW]
+        curves = functools.reduce(_faster, (_once(quick) for _ in range(ROUNDS - 1)), curves)
+        together = {name: composed.longer(getattr(torch, name), _device(curves)) for name in DTYPES if name in quick}
+        return dataclasses.replace(curves, together=together)
+
+
+def _once(dtypes: Sequence[str]) -> Curves:
+    products = {name: (sizes, _products(getattr(torch, name), sizes)) for name, sizes in SIZES.items() if name in dtypes}
+    rates = dict([*_elementwise(), *_pools(), *_convolutions(dtypes), *_attention(dtypes), *_packed(dtypes)])
+    return Curves(products, rates, _overhead())
+
+
+def _faster(one: Curves, other: Curves) -> Curves:
+    """The better of each figure; the other one may lack some."""
+    products = {
+        name: (sizes, _larger(found, other.products.get(name, (0, found))[1])) for name, (sizes, found) in one.products.items()
+    }
+    rates = {name: (sizes, _larger(found, other.rates.get(name, (0, found))[1])) for name, (sizes, found) in one.rates.items()}
+    return Curves(products, rates, min(one.overhead, other.overhead))
+
+
+def _larger(one: Any, other: Any) -> Any:
+    """Of each two numbers in nested lists."""
+    return list(map(_larger, one, other)) if isinstance(one, list) else max(one, other)
 
 
 def _seconds(call: Callable[[int], object], most: int = 40) -> float:
@@ -152,16 +183,17 @@ def _pools() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
         yield f"pool.{str(dtype).removeprefix('torch.')}", (moved, rates)
 
 
-def _convolutions() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+def _convolutions(dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
     """3 x 3, channels x channels, forward and backward, in FLOP/s over the FLOP for each byte of a call."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in DTYPES if name in dtypes):
         points: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
         for channels, side in CONVOLUTIONS:
             image = torch.randn(8, channels, side, side).to(dtype).requires_grad_()
             weight = torch.randn(channels, channels, 3, 3).to(dtype).requires_grad_()
             flops = 2.0 * 8 * channels**2 * 9 * side**2
             moved = dtype.itemsize * (2 * image.numel() + weight.numel())
-            forward, backward = _both(functools.partial(torch.conv2d, image, weight, padding=1), (image, weight))
+            call = functools.partial(torch.conv2d, image, weight, padding=1)
+            forward, backward = _as_before(points, flops) or _both(call, (image, weight))
             points["forward"].append((flops / moved, flops / forward))
             points["backward"].append(
                 (2 * flops / (moved + dtype.itemsize * (image.numel() + weight.numel())), 2 * flops / backward)
@@ -169,9 +201,16 @@ def _convolutions() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
         yield from _named("convolution", dtype, points)
 
 
-def _attention() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+def _as_before(points: dict[str, list[tuple[float, float]]], flops: float) -> tuple[float, float] | None:
+    """Seconds forward and backward at the rates of the size before, where these are so low that measuring takes long."""
+    if not points["forward"] or flops / points["forward"][-1][1] < LONG:
+        return None
+    return flops / points["forward"][-1][1], 2 * flops / points["backward"][-1][1]
+
+
+def _attention(dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
     """PyTorch's causal attention; 4 FLOP forward and 10 backward a head, dimension and pair that is attended to."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in DTYPES if name in dtypes):
         points: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
         for length in LENGTHS:
             shape = (1, HEADS, length, HEAD_SIZE)
@@ -181,11 +220,11 @@ def _attention() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
         yield from _named("attention", dtype, points)
 
 
-def _packed() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+def _packed(dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
     """The same by ``trainwright.packed_attention``, where something has loaded it."""
     if not hasattr(torch.ops.trainwright, "packed_attention"):
         return
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (getattr(torch, name) for name in DTYPES if name in dtypes):
         points: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
         for length in LENGTHS:
             q = torch.randn(1, HEADS // 2, length, 2, HEAD_SIZE).to(dtype).requires_grad_()
@@ -240,7 +279,7 @@ def _overhead() -> float:
 def _file() -> Path:
     """In the user's cache, named by everything that the rates depend on."""
     packed = hasattr(torch.ops.trainwright, "packed_attention")
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    source = hashlib.sha256(Path(__file__).read_bytes() + Path(composed.__file__).read_bytes()).hexdigest()
     key = repr((source, _model(), os.cpu_count(), torch.__version__, torch.get_num_threads(), packed))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainwright"
     return folder / f"cpu_speed-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -260,7 +299,8 @@ def _read(file: Path) -> Curves | None:
     try:
         kept = json.loads(file.read_text())
         pairs = [{name: (one, two) for name, (one, two) in kept[part].items()} for part in ("products", "rates")]
-        return Curves(pairs[0], pairs[1], float(kept["overhead"]))
+        together = {dtype: float(factor) for dtype, factor in kept["together"].items()}
+        return Curves(pairs[0], pairs[1], float(kept["overhead"]), together)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -270,7 +310,7 @@ def _keep(file: Path, curves: Curves) -> Curves:
     temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(curves)))
+        temporary.write_text(json.dumps(dataclasses.asdict(curves)))
         os.replace(temporary, file)
     except OSError as error:
         logger.info("the speed of this CPU isn't kept: %s", error)

@@ -19,11 +19,13 @@ class Curves:
     ``rates``: for names such as "attention.forward.bfloat16" sizes and the rates there. Attention and "packed": FLOP/s over
     the FLOP of a call; "convolution": FLOP/s over FLOP for each byte; "elementwise.float32", "dear", "copy", "pool": bytes a
     second over the bytes of a call.
+    ``together``: for a dtype, how many times as long operators take in a step as by themselves.
     """
 
     products: Mapping[str, tuple[list[int], list[list[list[float]]]]]
     rates: Mapping[str, tuple[list[float], list[float]]]
     overhead: float
+    together: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ ATTENTION, ATTENTION_BACKWARD = 0.8, 0.65
 CONVOLUTION = 0.7  # of what products sustain: an assumption
 MEMORY_SHARE = 0.8  # of the bandwidth that streams reach (BabelStream on A100 and H100: 0.85 to 0.9; training is less even)
 LINK_SHARE = 0.8  # of a link's rate that large messages reach (nccl-tests on DGX A100 and H100: 0.77 to 0.85)
-TOGETHER = 1.28  # operators of a step take so much longer on a CPU than by themselves: fitted, see docs/plan-time.md
 HIDING = ("forward", "backward", "loss")
 WORDS = {"compute": "matrix products", "memory": "memory bandwidth", "launching": "launching operators", "links": "links"}
 
@@ -185,7 +184,8 @@ def _parts(tiles: int, k: int, units: int) -> int:
 def _measured(work: Work, curves: Curves, share: int) -> Cost:
     """On the calibrated CPU; the rates of products and attention hold their memory traffic."""
     one = _isolated(work, curves, share)
-    return Cost(TOGETHER * one.running, one.starting, one.memory)
+    together = curves.together.get(work.dtype, curves.together.get("float32", 1.0))
+    return Cost(together * one.running, one.starting, one.memory)
 
 
 def _isolated(work: Work, curves: Curves, share: int) -> Cost:
