@@ -217,6 +217,14 @@ def test_products_between_the_measured_shapes():
     assert seconds(product(1, 1, 1, dtype="int8")) == pytest.approx(2), "what wasn't measured is as float32"
 
 
+def test_products_thinner_than_the_thinnest_take_as_long():
+    curves = Curves({"float32": ([16, 64], [[[1e3, 2e3], [1e3, 2e3]], [[1e3, 2e3], [1e3, 2e3]]])}, CURVES.rates, 0.0)
+    device = dataclasses.replace(MEASURED, curves=curves)
+    of = {shape: timing.cost(product(*shape), device).running for shape in itertools.product((4, 16, 40), repeat=3)}
+    for (m, n, k), found in of.items():
+        assert found == pytest.approx(of[max(m, 16), max(n, 16), max(k, 16)])
+
+
 def test_moving_between_the_measured_sizes():
     assert seconds(work(bytes=10)) == pytest.approx(10 / 100)
     assert seconds(work(bytes=100)) == pytest.approx(100 / 10)

@@ -247,15 +247,19 @@ def _place(sizes: Sequence[float], size: float) -> tuple[int, float]:
 
 
 def _product_rate(work: Work, curves: Curves) -> float:
-    """Between the measured shapes, linear in the logarithms of m, n and k; a batch counts as further rows."""
+    """Between the measured shapes, linear in the logarithms of m, n and k; a batch counts as further rows.
+
+    What is thinner than the thinnest takes as long as that: vectors and tiles are filled up.
+    """
     batch, m, n, k = work.shape
     sizes, rates = curves.products.get(work.dtype) or curves.products["float32"]
     rows, columns, depth = (_place(sizes, size) for size in (batch * m, n, k))
+    filled = math.prod(min(1.0, size / sizes[0]) for size in (batch * m, n, k))
 
     def line(row: int, column: int) -> float:
         return _blend(depth, sizes, lambda place: rates[row][column][place])
 
-    return _blend(rows, sizes, lambda row: _blend(columns, sizes, lambda column: line(row, column)))
+    return filled * _blend(rows, sizes, lambda row: _blend(columns, sizes, lambda column: line(row, column)))
 
 
 def _blend(place: tuple[int, float], sizes: Sequence[float], value: Callable[[int], float]) -> float:
