@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests import ranks
-from trainwright.models import decoder
+from trainwright.models import decoder, folder
 from trainwright.models.folder import EMBEDDING, HEAD, FolderWeights, save_folder, write_weights
 from trainwright.models.gguf import GGUFWeights
 from trainwright.models.tensor_file import KINDS, save_file
@@ -86,6 +86,21 @@ def test_a_box_is_that_of_the_whole(everywhere: list[Weights], data: st.DataObje
         assert (part.dtype, tuple(part.shape)) == (whole.dtype, box.size)
         assert torch.equal(part, whole[box.slices()])
         assert part.is_contiguous()
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_large_tensor_is_read_by_rows(everywhere: list[Weights], data: st.DataObject) -> None:
+    """So that little of it is in memory twice where its dtype changes."""
+    weights = everywhere[0]
+    name = data.draw(st.sampled_from(weights.names()))
+    box = data.draw(boxes(weights.shape(name)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder, "AT_ONCE", data.draw(st.integers(1, 400)))
+        for dtype in (None, torch.float32):
+            found = weights.load(name, dtype, box)
+            assert torch.equal(found, TENSORS[name][box.slices()].to(found.dtype))
+            assert torch.equal(weights.load(name, dtype), TENSORS[name].to(found.dtype))
 
 
 def test_a_box_of_queries_in_gguf_is_cut_after_the_rows_are_put_in_order(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys that describe another file than the one written, or ask for code to be fetched and run.
 DROPPED = {"torch_dtype", "quantization_config", "auto_map", "transformers_version", "_name_or_path"}
+AT_ONCE = 2**26  # bytes of a tensor in memory that are read at once
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -93,9 +94,16 @@ class FolderWeights:
         out = torch.empty(box.size, dtype=dtype or self.dtype(name))
         if not box.numel:  # which safetensors can't slice
             return out
-        # Opened anew for each tensor: closing unmaps the pages that were read, so that memory holds one copy.
-        with opened(self._stored[name][0]) as file:
-            return out.copy_(file.get_tensor(name) if box.whole else file.get_slice(name)[box.slices()])
+        if out.ndim == 0 or (box.whole and out.nbytes <= AT_ONCE):
+            with opened(self._stored[name][0]) as file:
+                return out.copy_(file.get_tensor(name))
+        rows = max(1, AT_ONCE * box.size[0] // out.nbytes)
+        for first in range(0, box.size[0], rows):
+            part = box.narrow(0, first, min(rows, box.size[0] - first))
+            # Opened anew for each part: closing unmaps the pages that were read, so that memory holds few of them twice.
+            with opened(self._stored[name][0]) as file:
+                out[first : first + rows].copy_(file.get_slice(name)[part.slices()])
+        return out
 
 
 def weight_files(folder: Path) -> dict[Path, list[str] | None]:
