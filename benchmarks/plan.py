@@ -276,7 +276,7 @@ def section(kind: str, rows: list[dict[str, Any]]) -> str:
     """Of the page: a table with its summary."""
     lines = [f"## {kind}", "", f"{here()}.", ""]
     if missing := [case for case in KINDS[kind][0] if left_out(case)]:
-        lines += [f"No instructions for bfloat16, so without {', '.join(missing)}.", ""]
+        lines += [f"No instructions for bfloat16, so without {'; '.join(missing)}.", ""]
     if kind == "seconds":
         lines += ["| run | plan takes | resident at most | predicted peak of a device |", "|---|---|---|---|"]
         lines += [
@@ -320,6 +320,8 @@ INTRODUCTION = """# How well plan foresees
 - **rss**: the same peak against the growth of resident memory over the imports.
 - **ranks**: the peak in each process of a run of several.
 - **seconds**: how long `plan` takes.
+
+Each section names its machine: they may be of several runs.
 """
 
 
