@@ -13,7 +13,7 @@ from trainwright.recipe import InputError, RunError
 from trainwright.recipe.file import changed
 from trainwright.recipe.sizes import bytes_of
 
-LARGE = {"data__sequence_length": 256, "training__batch_size": 16, "training__steps": 2}
+LARGE = {"data__sequence_length": 256, "training__batch_size": 4, "training__steps": 2}
 
 
 @pytest.mark.parametrize(
