@@ -126,8 +126,9 @@ def test_slow_convolutions_are_not_measured_at_each_size(monkeypatch):
 
 
 def test_a_whole_step_is_held_against_its_operators(monkeypatch, measured):
-    """Of operators that are calibrated twice as fast a step takes twice as long."""
-    monkeypatch.setattr(composed, "_seconds", lambda step: 1.0)
+    """Of operators that are calibrated twice as fast a step takes twice as long; a step may take milliseconds."""
+    took = 1.0
+    monkeypatch.setattr(composed, "_seconds", lambda step: took)
     device = calibrate._device(dataclasses.replace(measured, together={}, overhead=0.0))
     factor = composed.longer(torch.float32, device)
     rates = {name: (sizes, [2 * rate for rate in found]) for name, (sizes, found) in measured.rates.items()}
@@ -135,6 +136,8 @@ def test_a_whole_step_is_held_against_its_operators(monkeypatch, measured):
     products = {"float32": (sizes, [[[2 * rate for rate in line] for line in plane] for plane in planes])}
     faster = dataclasses.replace(device, curves=Curves(products, rates, 0.0))
     assert composed.longer(torch.float32, faster) == pytest.approx(2 * factor)
+    took = 0.001
+    assert composed.longer(torch.float32, device) == pytest.approx(factor / 1000)
 
 
 def test_the_step_is_that_of_gated_perceptrons():

@@ -46,7 +46,7 @@ LOOPBACK, LOOPBACK_LATENCY = 1.5e9, 60e-6
 def cpu() -> Device:
     """This machine's CPU with the threads that torch has now, from the cache.
 
-    If it isn't there, it is measured: in some ten seconds, twenty where bfloat16 is slow.
+    If it isn't there, it is measured: in some ten seconds, up to thirty where bfloat16 is slow.
     """
     return _device(_read(_file()) or _keep(_file(), measure()))
 

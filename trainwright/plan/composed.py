@@ -31,12 +31,11 @@ class _Counting(TorchDispatchMode):
 
 
 def longer(dtype: torch.dtype, device: Device) -> float:
-    """The time of the step through that of its operators by the device's curves; starting them counts for neither."""
+    """The time of the step through that of its operators by the device's curves."""
     step = _step(dtype)
     with _Counting() as counting:
         step()
-    alone = estimate(counting.counts.all_works(), [], device)
-    return max(0.1, _seconds(step) - alone.launching) / (alone.seconds - alone.launching)
+    return _seconds(step) / estimate(counting.counts.all_works(), [], device).seconds
 
 
 def _step(dtype: torch.dtype) -> Callable[[], None]:
