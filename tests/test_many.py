@@ -203,8 +203,6 @@ def test_ranks_that_disagree_are_refused(what, tmp_path):
 
 WRONG = {
     "too few processes": ((), {"parallel__tensor": 2}, [], "parallel: pipeline 1 x tensor 2 doesn't divide the 1 process"),
-    "heads": (("--nproc", "3"), {"parallel__tensor": 3}, [], "num_key_value_heads 2 is not a multiple of 3"),
-    "stages": (("--nproc", "4"), {"parallel__pipeline": 4}, [], "parallel.pipeline: 4 processes need 4 parts"),
     "batch": (("--nproc", "3"), {}, [], "training.batch_size: 4 rows can't be shared by 3 data ranks"),
     "idle zero": ((), {"parallel__zero": 2}, [], "parallel.zero: 2 has no effect"),
     "restarts": (("--max-restarts", "2"), {}, [], "--max-restarts needs --nproc"),
@@ -218,4 +216,19 @@ def test_wrong_input_is_told_once(name, tmp_path):
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert done.stderr.count("error:") == 1
+    assert not (tmp_path / "run").exists()
+
+
+WRONG_FOR_ALL = {
+    "heads": (3, {"parallel__tensor": 3}, "num_key_value_heads 2 is not a multiple of 3"),
+    "stages": (4, {"parallel__pipeline": 4}, "parallel.pipeline: 4 processes need 4 parts"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FOR_ALL)
+def test_what_the_processes_cannot_share_is_refused(name, tmp_path):
+    count, changes, words = WRONG_FOR_ALL[name]
+    tiny.model(tmp_path / "base"), tiny.pairs(tmp_path / "pairs.jsonl")
+    with pytest.raises(AssertionError, match=f"InputError: .*{words}"):
+        ranks.run(count, trained, str(tmp_path), 1, False, changes)
     assert not (tmp_path / "run").exists()

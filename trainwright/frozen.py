@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.built import Built
-from trainwright.memory import four_bit, streaming, supplied
+from trainwright.memory import four_bit, narrow, streaming, supplied
 from trainwright.models import pretrained
-from trainwright.models.contract import Change
+from trainwright.models.contract import Change, TensorPlan, present
 from trainwright.models.folder import FolderWeights
 from trainwright.models.gguf import GGUFWeights
 from trainwright.models.weights import Weights
@@ -127,7 +127,29 @@ def _stream(built: Built) -> Held:
         ticket = torch.empty((), dtype=torch.int64, device=layer.weight.device)
         supplied.become(layer, "stream", {streaming.TICKET: ticket}, built.device)
     instead = {f"{name}.weight": partial(_leave, layer, reader, built.device) for name, layer in layers.items()}
-    return Held(instead, _inner(layers), lambda: [_streamed(layers, source.shown)])
+    tables = _narrow_tables(built.model, pretrained.open_weights(source))
+    return Held(instead, _inner(layers), lambda: [_streamed(layers, source.shown, tables)])
+
+
+def _narrow_tables(model: nn.Module, weights: Weights) -> dict[str, nn.Module]:
+    """Keep the frozen tables of a vocabulary in the fewer bits of their file, if they are; those that are, by name.
+
+    They aren't streamed: lookups read few of their rows, and the loss reads all of them many times.
+    """
+    plan: Callable[[], TensorPlan] | None = getattr(model, "tensor_plan", None)
+    vocabulary = plan().vocabulary if plan else None
+    if vocabulary is None:
+        return {}
+    names = [name for name in (vocabulary.embedding, vocabulary.head) if f"{name}.weight" in weights.names()]
+    here = {name: model.get_submodule(name) for name in (vocabulary.embedding, vocabulary.head)}
+    here = {name: layer for name, layer in here.items() if layer in present(here.values())}
+    narrowed: dict[str, nn.Module] = {}
+    for weight in {id(layer.weight): layer.weight for layer in here.values()}.values():
+        sharing = {name: layer for name, layer in here.items() if layer.weight is weight}
+        stored = [name for name in sharing if name in names] or names[:1]  # a tied head has no weight of its own in the file
+        if stored and narrow.become(list(sharing.values()), weights.dtype(f"{stored[0]}.weight")):
+            narrowed.update(sharing)
+    return narrowed
 
 
 def _leave(layer: nn.Linear, reader: streaming.Reader, device: torch.device, weights: Weights, name: str) -> None:
@@ -141,7 +163,7 @@ def _leave(layer: nn.Linear, reader: streaming.Reader, device: torch.device, wei
     _set(layer, {streaming.TICKET: stored.ticket()}, device)
 
 
-def _streamed(layers: Mapping[str, nn.Linear], shown: str) -> Change:
+def _streamed(layers: Mapping[str, nn.Linear], shown: str, tables: Mapping[str, nn.Module]) -> Change:
     sizes = [layer.weight.numel() * layer.weight.dtype.itemsize for layer in layers.values()]
     summary = (
         f"{len(sizes)} weights, {sum(sizes) / MIB:,.1f} MiB, stay in {shown} and are read for each product; "
@@ -150,4 +172,8 @@ def _streamed(layers: Mapping[str, nn.Linear], shown: str) -> Change:
     kinds = {(vars(layer)["stored"].dtype, layer.weight.dtype) for layer in layers.values()}
     turned = sorted(f"{stored} to {used}".replace("torch.", "") for stored, used in kinds if stored != used)
     slow = f"; each reading turns {', '.join(turned)}: a file in that dtype would be read faster" if turned else ""
-    return Change("streaming", summary + slow, tuple(layers))
+    kept = {parameter for table in tables.values() for parameter in table.parameters()}
+    words = sorted({str(weight.dtype).replace("torch.", "") for weight in kept})
+    size = sum(weight.nbytes for weight in kept) / MIB
+    narrowed = f"; {' and '.join(tables)} kept in {' and '.join(words)}, {size:,.1f} MiB, and widened in parts" if kept else ""
+    return Change("streaming", summary + slow + narrowed, tuple(layers))

@@ -149,7 +149,7 @@ def sums_of(built: Built, recipe: Recipe, compiler: Callable[[Any], Any] | None)
         labels = batch.labels.to(built.device, non_blocking=True)
         with precision.context(built.precision, built.device):
             if head_weight is not None and plain:
-                return losses.logits_cross_entropy(outputs @ head_weight().T, labels, section)[0]
+                return losses.logits_cross_entropy(outputs @ head_weight().to(outputs.dtype).T, labels, section)[0]
             if head_weight is not None:
                 return losses.token_cross_entropy(outputs, head_weight(), labels, section, split, shard)[0]
             return losses.logits_cross_entropy(outputs, labels, section)[0]

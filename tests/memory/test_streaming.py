@@ -15,7 +15,7 @@ from tests import tiny
 from tests.models import test_gguf
 from tests.parity import together
 from trainwright import build, loop
-from trainwright.memory import streaming, supplied
+from trainwright.memory import narrow, streaming, supplied
 from trainwright.recipe import InputError, RunError
 from trainwright.recipe.file import parse
 
@@ -78,22 +78,61 @@ def test_compiled(folder):
         assert torch.equal(mine[key], value), key
 
 
-def test_a_file_in_another_dtype_is_converted(folder, tmp_path):
-    """A float32 file computed in bf16 is rounded once, when read; a bf16 file in float32 isn't at all."""
-    shards = load_file(folder / "base" / "model.safetensors")
-    (tmp_path / "base").mkdir()
-    for file in (folder / "base").iterdir():
-        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+def in_bfloat16(tmp: Path, **changes) -> Path:
+    """A folder of pairs with a model whose file is in bfloat16."""
+    tiny.model(tmp / "base", **changes)
+    shards = load_file(tmp / "base" / "model.safetensors")
     halves = {name: value.bfloat16() for name, value in shards.items()}
-    save_file(halves, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    tiny.pairs(tmp_path / "pairs.jsonl", 60)
-    steps, *_ = trained(tmp_path, adapt=LORA, precision="fp32")
-    found, *_ = trained(tmp_path, adapt=LORA, precision="fp32", memory=STREAM)
+    save_file(halves, tmp / "base" / "model.safetensors", metadata={"format": "pt"})
+    tiny.pairs(tmp / "pairs.jsonl", 60)
+    return tmp
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_file_in_another_dtype_is_converted(tied, tmp_path):
+    """A bf16 file in float32 isn't rounded at all; the vocabulary's tables stay as in the file, and are widened where used."""
+    here = in_bfloat16(tmp_path, tie_word_embeddings=tied)
+    steps, learned, held_out, plain = trained(here, adapt=LORA, precision="fp32")
+    found, mine, measured, run = trained(here, adapt=LORA, precision="fp32", memory=STREAM)
     assert found == steps
+    assert measured == held_out
+    assert all(torch.equal(mine[name], value) for name, value in learned.items())
+    tables = [run.model.model.embed_tokens, run.model.lm_head]
+    assert [table.weight.dtype for table in tables] == [torch.bfloat16] * 2
+    assert (tables[0].weight is tables[1].weight) == tied
+    assert run.samples(2) == plain.samples(2)
+    [change] = [change for change in run.changes if change.technique == "streaming"]
+    size = "0.0" if tied else "0.1"
+    assert change.summary.endswith(f"; model.embed_tokens and lm_head kept in bfloat16, {size} MiB, and widened in parts")
+    head = run.model.lm_head
+    torch.testing.assert_close(head(torch.eye(64)), head.weight.float().T)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"precision": "bf16"}, []),  # as wide as the numbers that are computed with
+        ({"adapt": {**LORA, "targets": ["*_proj", "lm_head"]}}, []),  # a head that something else has changed
+        ({"adapt": {"method": "partial", "train": ["lm_head.weight"]}}, ["model.embed_tokens"]),
+        ({"run__kernels": "off"}, ["model.embed_tokens", "lm_head"]),
+    ],
+    ids=["as wide", "adapted", "learns", "plain operations"],
+)
+def test_which_tables_stay_as_in_the_file(changes, names, tmp_path):
+    here = in_bfloat16(tmp_path, tie_word_embeddings="targets" in changes.get("adapt", {}))
+    keys = {"adapt": LORA, "precision": "fp32", "training__steps": 1, **changes}
+    steps, *_ = trained(here, **keys)
+    found, _, _, run = trained(here, **keys, memory=STREAM)
+    assert found == steps
+    kinds = narrow.NarrowEmbedding, narrow.NarrowLinear
+    assert [name for name, module in run.model.named_modules() if isinstance(module, kinds)] == names
+    assert any("widened" in change.summary for change in run.changes) == bool(names)
 
 
 @pytest.mark.parametrize("parallel", [{"zero": 2}, {"pipeline": 2}], ids=str)
-def test_many_processes(parallel, folder):
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_many_processes(stored, parallel, folder, tmp_path):
+    folder = in_bfloat16(tmp_path) if stored == torch.bfloat16 else folder
     keys = {**TEXT, "adapt": LORA, "evaluation__before": False, "optimizer": {"learning_rate": 0.01, "eps": 1e-3}}
     plain = together.trace("text", str(folder), keys)
     changes = {f"parallel__{name}": value for name, value in parallel.items()}

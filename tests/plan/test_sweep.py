@@ -67,14 +67,14 @@ def test_both_ways_to_adapt(tmp_path):
     assert sweep.settings({"memory.checkpointing": "full", "memory.every": 2}) == {"checkpointing": "full", "every": "2"}
 
 
-@pytest.mark.parametrize("how", ["off", "on"])
-def test_what_is_continued_from_few_blocks_is_what_all_blocks_take(tmp_path, how):
+@pytest.mark.parametrize(("how", "tried"), [("off", FEW), ("on", [{"memory.checkpointing": "selective", "adapt": LORA}])])
+def test_what_is_continued_from_few_blocks_is_what_all_blocks_take(tmp_path, how, tried):
     base = tiny.model(tmp_path / "deep", num_hidden_layers=7)
     recipe = tiny.recipe(tmp_path, model__pretrained=str(base), run__compile=how)
     with prepared_once():
         pricing = sweep.Pricing(recipe, find("h100"), 1, 2**40)
         assert pricing.blocks == 7
-        for keys in (*FEW, {"memory.checkpointing": "selective", "adapt": LORA}):
+        for keys in tried:
             few, whole = pricing.priced(keys), pricing._whole_price(keys)
             assert few.bytes == pytest.approx(whole.bytes, rel=0.005)
             assert few.states == pytest.approx(whole.states, rel=0.005)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
+from trainwright import widened
 from trainwright.recipe import CrossEntropy
 
 CHUNK = 256  # rows of logits that exist at once: 256 x 49,152 in bfloat16 is 25 MB
@@ -18,7 +19,7 @@ CHUNK_LEARNING_HEAD = 1024  # more where the head learns: each chunk costs a pas
 STRIDE = 64  # rows are padded to a multiple of it: a new size of logits each time would leave the heap in pieces
 
 
-Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def token_cross_entropy(
 
     Args:
         hidden: (rows, length, size), the states after the last norm.
-        weight: (vocabulary, size), the head; its gradient is accumulated in float32.
+        weight: (vocabulary, size), the head; its gradient is accumulated in float32. Where it has fewer bits than ``hidden``,
+            it is widened a part at a time.
         labels: (rows, length) int64; -100 where nothing is predicted.
         split: ``split_softmax``, or the same compiled.
         shard: where ``weight`` is a part of the head's rows. Every process of the group has the same hidden states and labels
@@ -103,20 +105,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         need_rows, need_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(rows.dtype, torch.float32)
-        head = weight.to(rows.dtype)
+        head = weight if widened.narrower(weight.dtype, rows.dtype) else weight.to(rows.dtype)
         vocabulary = shard.vocabulary if shard else len(head)
-        mean_head = head.to(wide).sum(0) / vocabulary if smoothing else None
+        mean_head = widened.total(head, wide) / vocabulary if smoothing else None
         total = torch.zeros((), dtype=wide, device=rows.device)
         d_rows = torch.empty_like(rows) if need_rows else None
         d_head = torch.zeros_like(weight, dtype=wide) if need_weight else None
         size = CHUNK_LEARNING_HEAD if need_weight else CHUNK
+        if widened.narrower(head.dtype, rows.dtype):  # who keeps it so has little memory
+            size = max(STRIDE, size * head.element_size() // rows.element_size())
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             chunk, target, real = rows[part], targets[part], counts[part, None].to(wide)
-            logits = chunk @ head.T
-            own, exps, sums = split(logits)
+            exps = widened.scores(chunk, head)
             mine, target = (real, target) if shard is None else _mine(real, target, shard, len(head))
-            picked = logits.gather(1, target[:, None]).squeeze(1).to(wide)
+            picked = exps.gather(1, target[:, None]).squeeze(1).to(wide)
+            own, sums = split(exps)
             mean = chunk.to(wide) @ mean_head if mean_head is not None else None
             lse, picked, mean = (own, picked, mean) if shard is None else _whole(own, picked * (mine[:, 0] > 0), mean, shard)
             # NOTE: sums, not products of vectors, which autocast would make in bfloat16.
@@ -126,7 +130,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if mean is not None:
                 total -= (smoothing * mean * real.squeeze(1)).sum()
             if d_rows is not None:
-                gradient = factor * (exps @ head).to(wide) - (1 - smoothing) * mine * head[target].to(wide)
+                gradient = factor * widened.mixture(exps, head).to(wide) - (1 - smoothing) * mine * head[target].to(wide)
                 d_rows[part] = gradient if mean_head is None else gradient - smoothing * real * mean_head
             if d_head is not None:
                 d_head += exps.T @ (factor * chunk).to(rows.dtype)
@@ -161,10 +165,11 @@ def _whole(own: Tensor, picked: Tensor, mean: Tensor | None, shard: Shard) -> tu
     return parts[:, 0].logsumexp(0), parts[:, 1].sum(0), None if mean is None else parts[:, 2].sum(0)
 
 
-def split_softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logsumexp (rows,), exp(logits - max) (rows, classes) in the logits' dtype, and its sums (rows,); the sums are wide."""
+def split_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """logsumexp (rows,) and the sums (rows,) of exp(logits - max), both wide; the logits (rows, classes) become those exps."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest = wide.amax(-1, keepdim=True)
-    exps = (wide - largest).exp()
+    exps = wide.sub_(largest).exp_()  # in place, for logits are the largest tensors of a step
     sums = exps.sum(-1)
-    return largest.squeeze(-1) + sums.log(), exps.to(logits.dtype), sums
+    logits.copy_(exps)
+    return largest.squeeze(-1) + sums.log(), sums

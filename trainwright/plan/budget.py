@@ -41,8 +41,18 @@ class Chosen:
         return vars(self)
 
 
+@dataclass(frozen=True)
+class Offer:
+    """Keys, and what a run of them takes."""
+
+    keys: Keys
+    bytes: float
+    units_per_second: float
+    unit: str
+
+
 def choose(recipe: Recipe, budget: int, options: command.Options, say: Callable[[str], None] = lambda text: None) -> Chosen:
-    """Try what keeps the numbers as they are: recomputation, smaller micro-batches, offload, streaming.
+    """The best of all ``offers``.
 
     Args:
         budget: bytes of one device; on a CPU what the process may grow by after its imports.
@@ -50,11 +60,20 @@ def choose(recipe: Recipe, budget: int, options: command.Options, say: Callable[
     Raises:
         InputError: the recipe itself is refused.
     """
+    return best(offers(recipe, options, say), budget)
+
+
+def offers(recipe: Recipe, options: command.Options, say: Callable[[str], None] = lambda text: None) -> list[Offer]:
+    """Try what keeps the numbers as they are: recomputation, smaller micro-batches, offload, streaming.
+
+    Raises:
+        InputError: the recipe itself is refused.
+    """
     device = command.find_device(options.device)
     count = options.count or command.least(recipe)
-    found: list[tuple[float, float, Keys]] = []
+    found: list[Offer] = []
     with prepared_once():
-        pricing = Pricing(recipe, device, count, budget)
+        pricing = Pricing(recipe, device, count, device.memory)
         tries = list(itertools.islice(_combinations(recipe, count), MOST))
         for number, keys in enumerate(tries, 1):
             say(f"{number} of {len(tries)}: {words(keys)}") if number % 10 == 1 else None
@@ -67,15 +86,19 @@ def choose(recipe: Recipe, budget: int, options: command.Options, say: Callable[
             offloaded = [(more, other) for more, other in pricing.states(keys, price) if "memory.optimizer_offload" in more]
             for more, one in [({}, price), *offloaded]:
                 needs = _resident(one.bytes, recipe, keys, device.curves is not None)
-                found.append((needs, one.units / one.seconds, {**keys, **more}))
-    fitting = [one for one in found if one[0] <= budget]
-    least = min(found, key=lambda one: one[0])
-    best = max(fitting, key=lambda one: (round(one[1], 1), -len(one[2]))) if fitting else least
-    needs, rate, keys = best
-    told = f"{words(keys)}: {size(round(needs))}, {rate:,.4g} {pricing.unit}/s"
+                found.append(Offer({**keys, **more}, needs, one.units / one.seconds, pricing.unit))
+    return found
+
+
+def best(found: list[Offer], budget: int) -> Chosen:
+    """The fastest that fits, and of equally fast ones that with the fewest keys; if none does, the smallest."""
+    fitting = [one for one in found if one.bytes <= budget]
+    least = min(found, key=lambda one: one.bytes)
+    one = max(fitting, key=lambda one: (round(one.units_per_second, 1), -len(one.keys))) if fitting else least
+    told = f"{words(one.keys)}: {size(round(one.bytes))}, {one.units_per_second:,.4g} {one.unit}/s"
     others = f"the fastest of {len(fitting)} of {len(found)} combinations that fit into {size(budget)}"
-    reason = f"{told}; {others}" if fitting else f"the least possible is {size(round(needs))} ({words(keys)})"
-    return Chosen(keys, round(needs), rate, pricing.unit, budget, bool(fitting), reason)
+    reason = f"{told}; {others}" if fitting else f"the least possible is {size(round(one.bytes))} ({words(one.keys)})"
+    return Chosen(one.keys, round(one.bytes), one.units_per_second, one.unit, budget, bool(fitting), reason)
 
 
 def _resident(live: float, recipe: Recipe, keys: Keys, on_cpu: bool) -> float:
