@@ -86,6 +86,10 @@ def test_bf16_is_as_close_as_torch_in_bf16():
     ours = token_cross_entropy(hidden, weight, labels, CrossEntropy())[0]
     theirs = plain(hidden, weight, labels, 0.0, 0.0)
     assert abs(ours.double() - exact) <= 2 * abs(theirs.double() - exact) + 1e-3 * exact
+    for value in (hidden, weight):
+        right = torch.autograd.grad(exact, value, retain_graph=True)[0].double()
+        mine, usual = (torch.autograd.grad(loss, value, retain_graph=True)[0].double() - right for loss in (ours, theirs))
+        assert mine.norm() <= 2 * usual.norm()
 
 
 def test_large_logits_stay_finite():
