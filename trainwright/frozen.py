@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -127,12 +127,14 @@ def _stream(built: Built) -> Held:
         ticket = torch.empty((), dtype=torch.int64, device=layer.weight.device)
         supplied.become(layer, "stream", {streaming.TICKET: ticket}, built.device)
     instead = {f"{name}.weight": partial(_leave, layer, reader, built.device) for name, layer in layers.items()}
-    tables = _narrow_tables(built.model, pretrained.open_weights(source))
-    return Held(instead, _inner(layers), lambda: [_streamed(layers, source.shown, tables)])
+    tables = narrow_tables(built.model, pretrained.open_weights(source))
+    for names, dtype in tables.items():
+        narrow.become([built.model.get_submodule(name) for name in names], dtype)
+    return Held(instead, _inner(layers), lambda: [_streamed(layers, source.shown), *_narrowed(built.model, tables)])
 
 
-def _narrow_tables(model: nn.Module, weights: Weights) -> dict[str, nn.Module]:
-    """Keep the frozen tables of a vocabulary in the fewer bits of their file, if they are; those that are, by name.
+def narrow_tables(model: nn.Module, weights: Weights) -> dict[tuple[str, ...], torch.dtype]:
+    """The frozen tables of a vocabulary that can be kept in the fewer bits of their file: layers that share one, and its dtype.
 
     They aren't streamed: lookups read few of their rows, and the loss reads all of them many times.
     """
@@ -140,16 +142,18 @@ def _narrow_tables(model: nn.Module, weights: Weights) -> dict[str, nn.Module]:
     vocabulary = plan().vocabulary if plan else None
     if vocabulary is None:
         return {}
-    names = [name for name in (vocabulary.embedding, vocabulary.head) if f"{name}.weight" in weights.names()]
-    here = {name: model.get_submodule(name) for name in (vocabulary.embedding, vocabulary.head)}
-    here = {name: layer for name, layer in here.items() if layer in present(here.values())}
-    narrowed: dict[str, nn.Module] = {}
-    for weight in {id(layer.weight): layer.weight for layer in here.values()}.values():
-        sharing = {name: layer for name, layer in here.items() if layer.weight is weight}
-        stored = [name for name in sharing if name in names] or names[:1]  # a tied head has no weight of its own in the file
-        if stored and narrow.become(list(sharing.values()), weights.dtype(f"{stored[0]}.weight")):
-            narrowed.update(sharing)
-    return narrowed
+    both = {name: model.get_submodule(name) for name in (vocabulary.embedding, vocabulary.head)}
+    stored = [name for name in both if f"{name}.weight" in weights.names()]
+    sharing: dict[int, list[str]] = {}
+    for name, layer in both.items():
+        if present([layer]):
+            sharing.setdefault(id(layer.weight), []).append(name)
+    found: dict[tuple[str, ...], torch.dtype] = {}
+    for names in sharing.values():
+        own = [name for name in names if name in stored] or stored[:1]  # a tied head has no weight of its own in the file
+        if own and narrow.possible([both[name] for name in names], dtype := weights.dtype(f"{own[0]}.weight")):
+            found[tuple(names)] = dtype
+    return found
 
 
 def _leave(layer: nn.Linear, reader: streaming.Reader, device: torch.device, weights: Weights, name: str) -> None:
@@ -163,7 +167,7 @@ def _leave(layer: nn.Linear, reader: streaming.Reader, device: torch.device, wei
     _set(layer, {streaming.TICKET: stored.ticket()}, device)
 
 
-def _streamed(layers: Mapping[str, nn.Linear], shown: str, tables: Mapping[str, nn.Module]) -> Change:
+def _streamed(layers: Mapping[str, nn.Linear], shown: str) -> Change:
     sizes = [layer.weight.numel() * layer.weight.dtype.itemsize for layer in layers.values()]
     summary = (
         f"{len(sizes)} weights, {sum(sizes) / MIB:,.1f} MiB, stay in {shown} and are read for each product; "
@@ -172,8 +176,13 @@ def _streamed(layers: Mapping[str, nn.Linear], shown: str, tables: Mapping[str, 
     kinds = {(vars(layer)["stored"].dtype, layer.weight.dtype) for layer in layers.values()}
     turned = sorted(f"{stored} to {used}".replace("torch.", "") for stored, used in kinds if stored != used)
     slow = f"; each reading turns {', '.join(turned)}: a file in that dtype would be read faster" if turned else ""
-    kept = {parameter for table in tables.values() for parameter in table.parameters()}
-    words = sorted({str(weight.dtype).replace("torch.", "") for weight in kept})
-    size = sum(weight.nbytes for weight in kept) / MIB
-    narrowed = f"; {' and '.join(tables)} kept in {' and '.join(words)}, {size:,.1f} MiB, and widened in parts" if kept else ""
-    return Change("streaming", summary + slow + narrowed, tuple(layers))
+    return Change("streaming", summary + slow, tuple(layers))
+
+
+def _narrowed(model: nn.Module, tables: Mapping[tuple[str, ...], torch.dtype]) -> Iterator[Change]:
+    for names, dtype in tables.items():
+        size = model.get_submodule(names[0]).weight.nbytes / MIB  # type: ignore[operator]
+        word = str(dtype).replace("torch.", "")
+        yield Change(
+            "tables", f"{' and '.join(names)} stay in the file's {word}, {size:,.1f} MiB; parts are widened for use", names
+        )

@@ -5,6 +5,8 @@ A layer becomes one by a change of class, so names stay.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -28,25 +30,29 @@ class NarrowLinear(nn.Linear):
         return (flat if self.bias is None else flat + self.bias).view(*input.shape[:-1], self.out_features)
 
 
-def become(layers: list[nn.Module], dtype: torch.dtype) -> bool:
-    """Keep the one weight that these layers share in ``dtype``, where nothing of them learns and it takes fewer bytes.
+HALVES = (torch.bfloat16, torch.float16)
 
-    Returns:
-        Whether they do. Layers that something else has changed stay as they are.
+
+def possible(layers: Sequence[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether the weight that these layers share can be kept in ``dtype``.
+
+    It must take fewer bytes, nothing may learn, and nothing else may have changed the layers.
     """
     plain = all(type(layer) in (nn.Embedding, nn.Linear) for layer in layers)
-    learns = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    wider = all(widened.narrower(dtype, parameter.dtype) for parameter in parameters)
+    return plain and wider and dtype in HALVES and not any(parameter.requires_grad for parameter in parameters)
+
+
+def become(layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Keep the one weight that these layers share in ``dtype``."""
     weight = layers[0].weight
     assert isinstance(weight, nn.Parameter)
-    wide = weight.dtype
-    if not plain or learns or not widened.narrower(dtype, wide):
-        return False
     for layer in layers:
         if isinstance(layer, nn.Embedding):
             layer.__class__ = NarrowEmbedding
             assert isinstance(layer, NarrowEmbedding)
-            layer.wide = wide
+            layer.wide = weight.dtype
         else:
             layer.__class__ = NarrowLinear
     weight.data = weight.data.to(dtype)
-    return True

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from trainwright import build, filling, language
+from trainwright import build, filling, frozen, language
 from trainwright.built import Built
-from trainwright.models import decoder
+from trainwright.models import decoder, pretrained
 from trainwright.recipe import TextData
 from trainwright.verify import dropping
 from trainwright.verify.job import Job
@@ -23,6 +23,7 @@ class Facts:
     packs       whether documents share rows
     drops       the layers with dropout
     learning    how many numbers learn
+    narrow      whether streaming keeps tables in fewer bits than what is computed in, and multiplies by parts of them
     """
 
     built: Built
@@ -31,6 +32,7 @@ class Facts:
     packs: bool
     drops: tuple[str, ...]
     learning: int
+    narrow: bool
 
     def micro_batch(self, job: Job) -> int:
         """Rows at once in a process."""
@@ -56,6 +58,7 @@ def look(job: Job) -> Facts:
         InputError: the recipe is refused.
     """
     built = build.assemble_model(job.recipe, build.shape_of(job.recipe))
+    source = built.source if job.recipe.memory.frozen == "stream" else None
     text = isinstance(job.recipe.data, TextData)
     return Facts(
         built=built,
@@ -64,4 +67,5 @@ def look(job: Job) -> Facts:
         packs=text and language.text_of(job.recipe).packing,
         drops=tuple(dropping.layers(built.model)),
         learning=sum(p.numel() for p in built.model.parameters() if p.requires_grad),
+        narrow=source is not None and bool(frozen.narrow_tables(built.model, pretrained.open_weights(source))),
     )

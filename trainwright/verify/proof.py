@@ -87,7 +87,7 @@ class Prover:
 
     def _bits(self, job: Job) -> Iterator[Line]:
         """Techniques that leave every operation as it is must leave every bit; dropout, whose masks they must replay, is on."""
-        exact = [one for one in techniques.of(job, self.facts) if one.kind == "exact"]
+        exact = techniques.exact(job, self.facts)
         if not exact:
             return
         alone = restricted(self.facts, job, exact).but(resume=False, dropout=True)

@@ -125,6 +125,11 @@ def of(job: Job, facts: Facts) -> list[Technique]:
     return [technique for technique in TECHNIQUES if technique.on(job, facts)]
 
 
+def exact(job: Job, facts: Facts) -> list[Technique]:
+    """Of these, what leaves every operation as it is; a product with parts of a narrower table is another operation."""
+    return [one for one in of(job, facts) if one.kind == "exact" and not (facts.narrow and one.key == "memory.frozen")]
+
+
 def without(job: Job, facts: Facts, techniques: Sequence[Technique]) -> Job:
     """The job without some of them; what builds on one that is gone goes with it."""
     for technique in TECHNIQUES:
