@@ -22,6 +22,7 @@ from trainwright.memory.files import read_at
 from trainwright.recipe import RunError
 
 TICKET = "ticket"  # a layer's parameter: which weight is its own
+ALONE = 32_767  # numbers that torch copies in the thread that asks; for more it takes all cores, where a product is under way
 _numbers = count()
 
 
@@ -130,7 +131,8 @@ class Reader:
                 self._raw = torch.empty(self._largest * stored.dtype.itemsize, dtype=torch.uint8)
             raw = self._raw[: stored.nbytes]
             _fill(self._files[stored.path], stored, raw)
-            target.copy_(raw.view(stored.dtype))
+            for part, numbers in zip(target.split(ALONE), raw.view(stored.dtype).split(ALONE), strict=True):
+                part.copy_(numbers)
         return target.view(stored.shape)
 
     def _place(self, slot: int, dtype: torch.dtype) -> Tensor:
