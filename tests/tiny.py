@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -70,6 +71,14 @@ def pairs(path: Path, count: int = 40) -> Path:
         rows.append({"prompt": " ".join(words[: 1 + i % 4]), "completion": " " + " ".join(words)})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def in_bfloat16(tmp: Path, **changes) -> Path:
+    """A folder of pairs with a model whose file is in bfloat16."""
+    file = model(tmp / "base", **changes) / "model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    pairs(tmp / "pairs.jsonl", 60)
+    return tmp
 
 
 def recipe(tmp: Path, **changes) -> Recipe:

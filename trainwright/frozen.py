@@ -181,7 +181,7 @@ def _streamed(layers: Mapping[str, nn.Linear], shown: str) -> Change:
 
 def _narrowed(model: nn.Module, tables: Mapping[tuple[str, ...], torch.dtype]) -> Iterator[Change]:
     for names, dtype in tables.items():
-        size = model.get_submodule(names[0]).weight.nbytes / MIB  # type: ignore[operator]
+        size = sum(parameter.nbytes for parameter in model.get_submodule(names[0]).parameters()) / MIB
         word = str(dtype).replace("torch.", "")
         yield Change(
             "tables", f"{' and '.join(names)} stay in the file's {word}, {size:,.1f} MiB; parts are widened for use", names

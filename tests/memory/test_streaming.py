@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests import tiny
@@ -78,20 +77,10 @@ def test_compiled(folder):
         assert torch.equal(mine[key], value), key
 
 
-def in_bfloat16(tmp: Path, **changes) -> Path:
-    """A folder of pairs with a model whose file is in bfloat16."""
-    tiny.model(tmp / "base", **changes)
-    shards = load_file(tmp / "base" / "model.safetensors")
-    halves = {name: value.bfloat16() for name, value in shards.items()}
-    save_file(halves, tmp / "base" / "model.safetensors", metadata={"format": "pt"})
-    tiny.pairs(tmp / "pairs.jsonl", 60)
-    return tmp
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_file_in_another_dtype_is_converted(tied, tmp_path):
     """A bf16 file in float32 isn't rounded at all; the vocabulary's tables stay as in the file, and are widened where used."""
-    here = in_bfloat16(tmp_path, tie_word_embeddings=tied)
+    here = tiny.in_bfloat16(tmp_path, tie_word_embeddings=tied)
     steps, learned, held_out, plain = trained(here, adapt=LORA, precision="fp32")
     found, mine, measured, run = trained(here, adapt=LORA, precision="fp32", memory=STREAM)
     assert found == steps
@@ -119,7 +108,7 @@ def test_a_file_in_another_dtype_is_converted(tied, tmp_path):
     ids=["as wide", "adapted", "learns", "plain operations"],
 )
 def test_which_tables_stay_as_in_the_file(changes, names, tmp_path):
-    here = in_bfloat16(tmp_path, tie_word_embeddings="targets" in changes.get("adapt", {}))
+    here = tiny.in_bfloat16(tmp_path, tie_word_embeddings="targets" in changes.get("adapt", {}))
     keys = {"adapt": LORA, "precision": "fp32", "training__steps": 1, **changes}
     steps, *_ = trained(here, **keys)
     found, _, _, run = trained(here, **keys, memory=STREAM)
@@ -132,7 +121,7 @@ def test_which_tables_stay_as_in_the_file(changes, names, tmp_path):
 @pytest.mark.parametrize("parallel", [{"zero": 2}, {"pipeline": 2}], ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 def test_many_processes(stored, parallel, folder, tmp_path):
-    folder = in_bfloat16(tmp_path) if stored == torch.bfloat16 else folder
+    folder = tiny.in_bfloat16(tmp_path) if stored == torch.bfloat16 else folder
     keys = {**TEXT, "adapt": LORA, "evaluation__before": False, "optimizer": {"learning_rate": 0.01, "eps": 1e-3}}
     plain = together.trace("text", str(folder), keys)
     changes = {f"parallel__{name}": value for name, value in parallel.items()}
@@ -183,7 +172,9 @@ def test_reading_ahead_learns_the_order(tmp_path):
     assert reader.guessed - guessed == 2 * 6
 
 
-def test_a_wrong_guess_costs_a_reading_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("alone", [streaming.ALONE, 5])
+def test_a_wrong_guess_costs_a_reading_and_nothing_else(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "ALONE", alone)  # numbers that are converted at once: fewer than a weight has, too
     reader, places, values = stored(tmp_path, 4)
     generator = torch.Generator().manual_seed(0)
     for index in torch.randint(4, (200,), generator=generator).tolist():

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.memory import test_streaming
 from tests.mutants import catalogue, recipes
 from tests.mutants.trying import Trials
 from tests.verify.test_judging import made
@@ -83,7 +82,7 @@ def test_tables_in_fewer_bits_are_another_operation(runner, tmp_path, monkeypatc
     """Products with parts of them may have other last digits, so bits aren't compared; all else is."""
     monkeypatch.setattr(widened, "ROWS", 50)
     keys = {"adapt": {"method": "lora", "rank": 4}, "precision": "fp32", "memory__frozen": "stream"}
-    recipe = tiny.recipe(test_streaming.in_bfloat16(tmp_path), **keys)
+    recipe = tiny.recipe(tiny.in_bfloat16(tmp_path), **keys)
     job = command.settled(recipe, Options())
     known = facts.look(job)
     assert known.narrow

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from trainwright import widened
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 class NarrowEmbedding(nn.Embedding):
     """Looks up, then widens."""
@@ -28,9 +30,6 @@ class NarrowLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         flat = widened.scores(input.flatten(0, -2), self.weight)
         return (flat if self.bias is None else flat + self.bias).view(*input.shape[:-1], self.out_features)
-
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def possible(layers: Sequence[nn.Module], dtype: torch.dtype) -> bool:
