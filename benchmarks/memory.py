@@ -273,7 +273,7 @@ def train_docstrings(way: str, options: argparse.Namespace) -> None:
 
     able = multiplies_bfloat16()
     shorter = {
-        "training.steps": options.accuracy_steps, "evaluation.samples": 0, "data.limit": 300, "data.sequence_length": 256
+        "training.steps": options.accuracy_steps, "evaluation.samples": 0, "data.limit": 1000, "data.sequence_length": 256
     }  # fmt: skip
     compiled = {} if able else EAGER
     run = build.assemble(changed(load(Path("recipes/docstrings.yaml")), {**shorter, **compiled, **ACCURACY[way]}))
