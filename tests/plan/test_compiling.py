@@ -58,7 +58,7 @@ def test_equal_blocks_are_traced_once_and_rehearsals_share(tmp_path):
 def test_results_that_nobody_reads_need_not_be_made(tmp_path, monkeypatch, mode):
     recipe = tiny.recipe(tmp_path, **TEXT, run__compile="on", memory={"checkpointing": mode})
     fast = rehearse(recipe)
-    monkeypatch.setattr(Kernels, "_cheap", lambda self: ({}, set()))
+    monkeypatch.setattr(Kernels, "_known", lambda self: set())
     every = rehearse(recipe)
     assert (fast.peak.total, fast.parts, fast.resting) == (every.peak.total, every.parts, every.resting)
     assert fast.timeline == every.timeline

@@ -7,7 +7,6 @@ partition that inductor gets, and its graphs are walked as inductor would lay th
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,9 @@ from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
+from torch._guards import detect_fake_mode
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.virtualized import V
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.utils.stateless import _reparametrize_module
@@ -29,7 +30,7 @@ from trainwright.memory import selective
 from trainwright.memory.checkpointing import Offloaded, Recomputed, Segmented
 from trainwright.parallel.mesh import Axis
 from trainwright.plan.counting import messages_traced
-from trainwright.plan.kernels import Fused, Kernels, Pause
+from trainwright.plan.kernels import Kernels, Watcher
 
 Policy = Callable[..., CheckpointPolicy]
 NOTHING = nn.Module()
@@ -39,22 +40,19 @@ AROUND = (Offloaded, Segmented)  # classes whose forward is never a part of what
 class Compiler:
     """Stands in for ``torch.compile``; several rehearsals may share what it has traced.
 
-    pause  a context in which operators aren't watched
-    fused  told of what joined work reads, and what it writes
+    watcher  of the rehearsal that is served
     """
 
-    def __init__(self) -> None:
-        self.pause: Pause = nullcontext
-        self.fused: Fused = lambda reads, result: None
-        self._functions: dict[Any, Callable[..., Any]] = {}
+    watcher: Watcher
 
-    def attach(self, pause: Pause, fused: Fused) -> None:
-        """From now on another rehearsal is served."""
-        self.pause, self.fused = pause, fused
+    def __init__(self) -> None:
+        self._functions: dict[Any, Callable[..., Any]] = {}
 
     def compile(self, forward: Any) -> Any:
         """A function, or the forward of a block, as it would be compiled; what can't be a part of a graph stays around it."""
         block: nn.Module | None = getattr(forward, "__self__", None)
+        if block is not None and any(isinstance(module, nn.RNNBase) for module in block.modules()):
+            return forward  # dynamo leaves such layers as they are
         if block is None:
             return lambda *args, **kwargs: self.run(forward, NOTHING, args, kwargs)
         block.__class__ = _within(type(block), self)
@@ -91,7 +89,7 @@ class Compiler:
             partition_fn=_partition,
             decompositions=select_decomp_table(),
         )
-        with self.pause():  # new ones: the graphs remember what they were traced with
+        with self.watcher.pausing():  # new ones: the graphs remember what they were traced with
             like = tree_map_only(Tensor, _like, (values, tensors))
         # The trace itself isn't part of the run, nor anything that waits for a backward.
         with _disable_current_modes(), saved_tensors_hooks(lambda x: x, lambda x: x), messages_traced():
@@ -135,7 +133,8 @@ def _nothing_kept(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Che
 
 def _partition(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
     """As inductor does it."""
-    joint_graph_passes(module)
+    with V.set_fake_mode(detect_fake_mode(inputs)):
+        joint_graph_passes(module)
     return min_cut_rematerialization_partition(module, inputs, compiler="inductor", **options)
 
 

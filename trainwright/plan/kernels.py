@@ -6,40 +6,66 @@ use or the graph's end needs a result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 
 from trainwright.plan.counting import PRODUCTS
 
-Pause = Callable[[], AbstractContextManager[object]]
-Fused = Callable[[Sequence[Tensor], Tensor], None]
 KERNELS = {"convolution", "convolution_backward", "sort", "topk", "index_put", "embedding_dense_backward", "cumsum", "scatter",
            "scatter_add", "index_add", "multinomial"}  # fmt: skip
 HEAVY = PRODUCTS | KERNELS
+MAKERS = {"aten", "prims", "trainwright"}  # whose results have the shapes of the trace
 
 
-class Watched(Protocol):
-    """Who sees the kernels: ``pause`` is a context in which operators aren't watched, ``fused`` is told of joined work."""
+class Watcher(Protocol):
+    """Who is told of memory and work."""
 
-    pause: Pause
-    fused: Fused
+    def pausing(self) -> AbstractContextManager[object]:
+        """While operators aren't watched."""
+
+    def see(self, result: Tensor | Memory | None) -> None:
+        """Memory is written, and lives as long as this object."""
+
+    def fused(self, reads: Sequence[Tensor], result: Tensor) -> None:
+        """A kernel of joined work."""
+
+    def called(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """An operator with tensors of these shapes."""
+
+
+class Served(Protocol):
+    """Has the watcher of the moment."""
+
+    watcher: Watcher
+
+
+class Memory:
+    """A tensor's memory that no tensor looks into."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.device, self._bytes = like.device, like.untyped_storage().nbytes()
+
+    def nbytes(self) -> int:
+        """Its size."""
+        return self._bytes
 
 
 class Kernels:
     """A graph in the order of its kernels, with what each reads."""
 
-    def __init__(self, module: fx.GraphModule, compiler: Watched) -> None:
+    def __init__(self, module: fx.GraphModule, compiler: Served) -> None:
         self._module, self._nodes, self._compiler = module, list(module.graph.nodes), compiler
         self._written = self._choose()
         self._sources = self._read()
         self._join()
         self._last = self._lives()
-        self._made, self._left = self._cheap()
+        self._known_ = self._known()
+        self._outside = self._read_outside()
 
     def _choose(self) -> set[fx.Node]:
         """What is written to memory."""
@@ -120,21 +146,8 @@ class Kernels:
             ends.setdefault(node, []).append(one)
         return ends
 
-    def _cheap(self) -> tuple[dict[fx.Node, Tensor], set[fx.Node]]:
-        """Joined work that the trace knows: results that are made like those there, and such that nobody reads."""
-        known, made, left = self._known(), {}, set()
-        read: set[fx.Node] = set()
-        for node in reversed(self._nodes):
-            if node in known and (node in read or node in self._written):
-                made[node] = node.meta["val"]
-            elif node in known or (_is_view(node) and node not in read):
-                left.add(node)
-            else:
-                read.update(node.all_input_nodes)
-        return made, left
-
     def _known(self) -> set[fx.Node]:
-        """Work that gives a new tensor, of the shape that it had when it was traced: not of the documents' offsets."""
+        """What gives new tensors of the shapes that it had when it was traced: not what is made of the documents' offsets."""
         offsets: set[fx.Node] = set()
         found = set()
         for node in self._nodes:
@@ -143,12 +156,21 @@ class Kernels:
                 not _is_heavy(node) and not offsets.isdisjoint(node.all_input_nodes)
             ):
                 offsets.add(node)
-            elif isinstance(value, Tensor) and (_is_pointwise(node) or _is_reduction(node)):
+            elif _makes(node) and all(isinstance(x, Tensor | None) for x in _several(value)):
                 found.add(node)
         return found
 
+    def _read_outside(self) -> set[fx.Node]:
+        """What must be tensors: the graph's results, what is called with them, and what these are views of."""
+        found: set[fx.Node] = set()
+        for node in reversed(self._nodes):
+            viewed = node in found and _is_view(node)
+            if viewed or node.op == "output" or not (node in self._known_ or _is_view(node)):
+                found.update(node.all_input_nodes)
+        return found
+
     def run(self, inputs: list[Any]) -> Any:
-        """The graph's outputs."""
+        """The graph's outputs. What nobody reads outside is only noted: so many bytes from here to its last use."""
         values: dict[fx.Node, Any] = {}
         places = [node for node in self._nodes if node.op == "placeholder"]
         values |= dict(zip(places, inputs, strict=True))
@@ -159,7 +181,7 @@ class Kernels:
                 result = fx.node.map_arg(node.args[0], values.__getitem__)
             elif node.op == "get_attr":
                 values[node] = getattr(self._module, str(node.target))
-            elif node.op != "placeholder" and node not in self._left:
+            elif node.op != "placeholder":
                 values[node] = self._value(node, values)
             for one in self._last.get(node, ()):
                 if one is not node or node.op != "output":
@@ -167,24 +189,84 @@ class Kernels:
         return result
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        like = self._made.get(node)
-        if like is not None:
-            with self._compiler.pause():
-                result = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-        else:
-            args = fx.node.map_arg(node.args, values.__getitem__)
-            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-            target: Any = node.target
-            if _is_heavy(node):
-                return target(*args, **kwargs)
-            with self._compiler.pause():
-                result = target(*args, **kwargs)
+        if node in self._known_:
+            return self._noted(node, values)
+        if _is_view(node) and node not in self._outside:
+            return _viewed(node, values)
+        args = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+        target: Any = _REPLAYED.get(node.target, node.target)
+        if _is_heavy(node):
+            return target(*args, **kwargs)
+        with self._compiler.watcher.pausing():
+            result = target(*args, **kwargs)
         if node in self._written and not _is_view(node):
-            reads = [values[one] for one in self._sources[node] if isinstance(values.get(one), Tensor)]
-            for one in tree_leaves(result):
+            for one in _several(result):
                 if isinstance(one, Tensor):
-                    self._compiler.fused(reads, one)
+                    self._compiler.watcher.see(one)
+                    self._compiler.watcher.fused(self._reads(node, values), one)
         return result
+
+    def _noted(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        """What stands for the results of a node whose shapes are known, without a call of its operator."""
+        watcher, like = self._compiler.watcher, node.meta["val"]
+        if node in self._outside:
+            with watcher.pausing():
+                made = [x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                        for x in _several(like)]  # fmt: skip
+        else:
+            made = [x if x is None else Memory(x) for x in _several(like)]
+        if node in self._written:
+            for one in made:
+                watcher.see(one)
+            if _is_heavy(node):
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: _shape(one, values))
+                watcher.called(node.target, args, kwargs, like)
+            else:
+                for one in _several(like):
+                    watcher.fused(self._reads(node, values), one)
+        return made[0] if isinstance(like, Tensor) else tuple(made)
+
+    def _reads(self, node: fx.Node, values: dict[fx.Node, Any]) -> list[Tensor]:
+        """The tensors that joined work is computed from, or others of their shapes."""
+        found = [_shape(one, values) for one in self._sources[node]]
+        return [one for one in found if isinstance(one, Tensor)]
+
+
+def _drawn(operator: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """A generator's state, which is a few thousand bytes, and what is drawn from there."""
+    return torch.empty(0, dtype=torch.uint8), operator(*args, **kwargs)
+
+
+def _drawn_again(state: Tensor, operator: Any, *args: Any, **kwargs: Any) -> Any:
+    return operator(*args, **kwargs)
+
+
+# Modes have no rule for these: draws of a forward that its backward computes again.
+_REPLAYED: dict[Any, Any] = {run_and_save_rng_state: _drawn, run_with_rng_state: _drawn_again}
+
+
+def _viewed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """What stands for a view that nobody looks through: what it is a view of, if that has memory at all."""
+    whole = values.get(node.all_input_nodes[0])
+    return whole[node.args[1]] if isinstance(whole, tuple) else whole
+
+
+def _shape(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """What is given to the graph, or the trace's tensor of the same shape."""
+    return values[node] if node.op in ("placeholder", "get_attr") else node.meta.get("val")
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _makes(node: fx.Node) -> bool:
+    """Whether an operator gives new tensors and changes none."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable or _is_view(node) or "rnn" in schema.name:  # a recurrent kernel's workspace
+        return False
+    return schema.name.partition("::")[0] in MAKERS and all(one.alias_info is None for one in schema.returns)
 
 
 def _users(node: fx.Node) -> list[fx.Node]:
@@ -217,16 +299,10 @@ def _is_view(node: fx.Node) -> bool:
 
 def _is_heavy(node: fx.Node) -> bool:
     """Whether it is a kernel of its own."""
-    if node.op != "call_function" or not hasattr(node.target, "namespace"):
+    if node.op != "call_function" or not hasattr(node.target, "namespace") or node.target in _REPLAYED:
         return False
     outside = node.target.namespace not in ("aten", "prims")
     return outside or _name(node) in HEAVY or "attention" in _name(node) or "rnn" in _name(node)
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return tagged and schema is not None and not schema.is_mutable and _joins(node)
 
 
 def _is_reduction(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,15 @@ class Peak:
     live: dict[int, int]
     moment: tuple[str, str]
     index: int
+
+
+class Held(Protocol):
+    """Memory without a tensor."""
+
+    device: torch.device
+
+    def nbytes(self) -> int:
+        """Its size."""
 
 
 class Ledger:
@@ -60,6 +69,11 @@ class Ledger:
             if isinstance(value, Tensor):
                 self.number(value)
 
+    def hold(self, memory: Held) -> None:
+        """Note memory that no tensor looks into; it ends with this object."""
+        if memory.device.type == self._device.type:
+            self._begin(memory, id(memory))
+
     def number(self, tensor: Tensor) -> int | None:
         """Of a tensor's storage, which is noted if it is new; None where it is elsewhere."""
         if tensor.device.type != self._device.type:
@@ -70,7 +84,7 @@ class Ledger:
             self._begin(storage, key)
         return self._numbers[key]
 
-    def _begin(self, storage: torch.UntypedStorage, key: int) -> None:
+    def _begin(self, storage: torch.UntypedStorage | Held, key: int) -> None:
         number, self._next = self._next, self._next + 1
         self._numbers[key] = number
         self._watches[number] = weakref.ref(storage, lambda _: self._end(key, number))

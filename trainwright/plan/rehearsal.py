@@ -30,6 +30,7 @@ from trainwright.pieces import local
 from trainwright.plan.compiling import Compiler
 from trainwright.plan.counting import Counts
 from trainwright.plan.hops import told
+from trainwright.plan.kernels import Memory
 from trainwright.plan.ledger import Ledger, Peak, numbers
 from trainwright.plan.moments import Moments
 from trainwright.plan.report import PARTS
@@ -100,9 +101,7 @@ class Watching(TorchDispatchMode):
         if func.overloadpacket is aten.arange:
             self.counting |= numbers(self.ledger, [result])
         self.ledger.see(result)
-        if self.ledger.on_cpu:
-            self.ledger.pass_by(workspace(func, args, result))
-        self.counts.count(func, args, kwargs, result, self.moments.now()[0])
+        self._count(func, args, kwargs, result)
         if func.namespace in ("c10d", "_c10d_functional"):
             self.messages |= numbers(self.ledger, [x for x in tree_leaves(args) if isinstance(x, Tensor)])
         return result
@@ -116,11 +115,28 @@ class Watching(TorchDispatchMode):
         finally:
             self.paused = before
 
+    def see(self, result: Tensor | Memory | None) -> None:
+        """As a kernel of a graph makes it; what runs while a graph is traced, without modes, is no part of the run."""
+        if self._watches():
+            self.ledger.hold(result) if isinstance(result, Memory) else self.ledger.see(result)
+
     def fused(self, reads: Sequence[Tensor], result: Tensor) -> None:
-        """A kernel of joined work wrote this; what runs while a graph is traced, without modes, is no part of the run."""
-        if not self.paused and self in _get_current_dispatch_mode_stack():
-            self.ledger.see(result)
+        """A kernel of joined work."""
+        if self._watches():
             self.counts.fuse(reads, result, self.moments.now()[0])
+
+    def called(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """An operator of a graph, with tensors of these shapes."""
+        if self._watches():
+            self._count(operator, args, kwargs, result)
+
+    def _watches(self) -> bool:
+        return not self.paused and self in _get_current_dispatch_mode_stack()
+
+    def _count(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if self.ledger.on_cpu:
+            self.ledger.pass_by(workspace(operator, args, result))
+        self.counts.count(operator, args, kwargs, result, self.moments.now()[0])
 
     def _asked(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What the kernel itself gives for tensors of this shape: nobody else knows the size of its workspace."""
@@ -202,7 +218,7 @@ def rehearse(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     watching = Watching(fake, ledger, counts, moments)
     compiler = compiler or Compiler()
-    compiler.attach(watching.pausing, watching.fused)
+    compiler.watcher = watching
     with ExitStack() as stack:
         stack.enter_context(processes(count, rank))
         stack.enter_context(ledger.resizing())
