@@ -54,6 +54,13 @@ class Counts:
         self.messages.clear()
         self.unknown.clear()
 
+    @contextmanager
+    def nothing(self) -> Iterator[None]:
+        """While calls count for nothing."""
+        before = self.works.copy(), self.messages.copy(), self.unknown.copy()
+        yield
+        self.works, self.messages, self.unknown = before
+
     def count(self, operator: Any, args: Any, kwargs: Any, result: Any, phase: str) -> None:
         """One call."""
         namespace, name = operator.namespace, operator._schema.name.partition("::")[2]

@@ -202,7 +202,7 @@ def rehearse(
     hops: dict[int, Hidden] | None = None,
     compiler: Compiler | None = None,
 ) -> Rehearsed:
-    """Build a recipe's program as process ``rank`` of ``count`` sees it, and take two steps.
+    """Build a recipe's program as process ``rank`` of ``count`` sees it, and take a step.
 
     Args:
         splits: documents already tokenised.
@@ -223,7 +223,7 @@ def rehearse(
         stack.enter_context(processes(count, rank))
         stack.enter_context(ledger.resizing())
         stack.enter_context(converting())
-        stack.enter_context(told({} if hops is None else hops))
+        stack.enter_context(told({} if hops is None else hops, counts.nothing))
         stack.enter_context(fake)
         stack.enter_context(watching)
         run = build.assemble(recipe, splits=splits, rehearsal=build.Rehearsal(_disable_current_modes, compiler.compile))
@@ -237,7 +237,7 @@ def _steps(run: Run, watching: Watching, rank: int) -> Rehearsed:
     run.model.train()
     gc.collect()
     batches = _batches(run, watching)
-    _step(run, watching, batches[-1:])  # makes the optimizer's states
+    _begin(run)
     start = len(ledger.events)
     counts.clear()
     gradients = _step(run, watching, batches)
@@ -298,8 +298,16 @@ class _Followed(Sequence[Batch]):
         return batch
 
 
+def _begin(run: Run) -> None:
+    """An optimizer makes its states in its first step, of whatever gradients."""
+    for parameter in _learning(run):
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
 def _step(run: Run, watching: Watching, batches: Sequence[Batch]) -> set[int]:
-    """One step as the loop takes it; gives the storages of the gradients."""
+    """A step as the loop takes it; gives the storages of the gradients."""
     moments, ledger, counts = watching.moments, watching.ledger, watching.counts
     moments.phase = "forward"
     loop.seed(run, 0)

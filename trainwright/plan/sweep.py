@@ -28,7 +28,7 @@ from trainwright.recipe.file import changed
 Keys = dict[str, Any]
 Found = tuple[Choice, Keys]
 Say = Callable[[str], None]
-DEPTHS = (2, 4)  # blocks of a stage that are rehearsed
+DEPTHS = (2, 3)  # blocks of a stage that are rehearsed
 ANYHOW = ("parallel.zero", "parallel.data")  # blocks are compiled the same
 ACCURACY = {"fp32": "exact", "fp64": "exact"}  # by precision; the others are "bf16"
 DISK = 1.5e9  # bytes a second of a drive, each way: an assumption, told in the notes
@@ -117,7 +117,10 @@ def _alike(grid: Iterable[Keys]) -> list[list[Keys]]:
 
 def _answers(pricing: Pricing, job: list[Keys]) -> Any:
     """Choices of each combination, or why it is refused; of no combination the unit of the recipe as it is."""
-    return [_answer(pricing, keys) for keys in job] if job else pricing.whole({}).unit
+    if job:
+        return [_answer(pricing, keys) for keys in job]
+    pricing.priced({})
+    return pricing.unit
 
 
 def _answer(pricing: Pricing, keys: Keys) -> list[Found] | str:
