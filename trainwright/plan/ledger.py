@@ -107,6 +107,18 @@ class Ledger:
             number, self._next = self._next, self._next + 1
             self.events += [Event(number, size, self._moment()), Event(number, -size, self._moment())]
 
+    def repeat(self, events: range) -> None:
+        """The same once more, now: of what came and went within these events."""
+        before = [self.events[number] for number in events]
+        left: Counter[int] = Counter()
+        for event in before:
+            left[event.storage] += event.change
+        passing = sorted(storage for storage, size in left.items() if not size)
+        fresh = {storage: self._next + place for place, storage in enumerate(passing)}
+        self._next += len(fresh)
+        moment = self._moment()
+        self.events += [Event(fresh[e.storage], e.change, moment) for e in before if e.storage in fresh]
+
     @contextmanager
     def resizing(self) -> Iterator[None]:
         """While storages are given and deprived of their memory without an operator, as FSDP2 does it."""

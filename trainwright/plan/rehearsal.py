@@ -27,6 +27,7 @@ from trainwright import build, loop
 from trainwright.loop import Batch, Run
 from trainwright.parallel.pipeline_run import Hidden
 from trainwright.pieces import local
+from trainwright.plan.alike import portions_once
 from trainwright.plan.compiling import Compiler
 from trainwright.plan.counting import Counts
 from trainwright.plan.hops import told
@@ -223,6 +224,7 @@ def rehearse(
         stack.enter_context(processes(count, rank))
         stack.enter_context(ledger.resizing())
         stack.enter_context(converting())
+        stack.enter_context(portions_once(ledger, counts, lambda: moments.now()[0]))
         stack.enter_context(told({} if hops is None else hops, counts.nothing))
         stack.enter_context(fake)
         stack.enter_context(watching)
