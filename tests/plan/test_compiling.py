@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests import tiny
+from tests import small, tiny
 from trainwright.parallel.mesh import Axis
 from trainwright.plan.compiling import Compiler, _key
 from trainwright.plan.kernels import Kernels
@@ -63,6 +63,31 @@ def test_results_that_nobody_reads_need_not_be_made(tmp_path, monkeypatch, mode)
     assert (fast.peak.total, fast.parts, fast.resting) == (every.peak.total, every.parts, every.resting)
     assert fast.timeline == every.timeline
     assert fast.counts.all_works() == every.counts.all_works()
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_blocks_with_dropout_draw_in_their_kernels(tmp_path, mode):
+    keys = {"adapt": {"method": "lora", "rank": 4, "dropout": 0.1}, "memory": {"checkpointing": mode}}
+    plain, drawn = (
+        rehearse(tiny.recipe(tmp_path, **TEXT, run__compile="on", **{**keys, "adapt": {**keys["adapt"], "dropout": p}}))
+        for p in (0.0, 0.1)
+    )
+    assert drawn.peak.total >= plain.peak.total
+    assert drawn.peak.total > plain.peak.total or mode != "none", "dropped inputs are kept"
+    assert not drawn.counts.unknown
+    fused = [sum(work.calls for work in found.counts.all_works() if work.operator == "fused") for found in (plain, drawn)]
+    assert fused[1] > fused[0], "masks are drawn"
+
+
+def test_recurrent_layers_stay_as_they_are(tmp_path):
+    """``torch.compile`` leaves them out of its graphs."""
+    keys = {"model": {"architecture": "lstm"}, "data": {"kind": "series"}, "loss": {"name": "mse"}}
+    plain, compiled = (rehearse(small.recipe(tmp_path, run__compile=how, **keys)) for how in ("off", "on"))
+    recurrent = [
+        [work for work in found.counts.all_works() if "rnn" in work.operator or "lstm" in work.operator]
+        for found in (plain, compiled)
+    ]
+    assert recurrent[0] == recurrent[1] != []
 
 
 def test_what_is_computed_again_is_counted_again(tmp_path, pair):

@@ -20,11 +20,11 @@ from trainwright.plan.work import Work
 
 @dataclass(frozen=True)
 class Seen:
-    """Where a portion's events are, what it computed, and the numbers that it left with each parameter that it finished."""
+    """Where a portion's events are, what it computed, and the kind of the numbers that it left with each finished parameter."""
 
     events: range
     works: dict[Work, float]
-    numbers: list[dict[str, torch.Tensor]]
+    numbers: list[dict[str, tuple[torch.Size, torch.dtype]]]
 
 
 @contextmanager
@@ -41,7 +41,9 @@ def portions_once(ledger: Ledger, counts: Counts, phase: Callable[[], str]) -> I
         since, before = len(ledger.events), counts.works.copy()
         plain(updater, portion)
         works = {work: count - before[work] for work, count in counts.works.items() if count != before[work]}
-        finished = [dict(piece.entry.numbers) for piece in portion if piece.last]
+        finished = [
+            {name: (value.shape, value.dtype) for name, value in piece.entry.numbers.items()} for piece in portion if piece.last
+        ]
         seen[key] = Seen(range(since, len(ledger.events)), works, finished)
 
     with mock.patch.object(Updater, "_update_portion", update):
@@ -63,5 +65,6 @@ def _again(one: Seen, portion: Sequence[Slice], ledger: Ledger, counts: Counts) 
     for work, count in one.works.items():
         counts.works[work] += count
     for piece, numbers in zip([piece for piece in portion if piece.last], one.numbers, strict=True):
-        piece.entry.numbers = {key: torch.empty_like(value) for key, value in numbers.items()}
+        device = piece.entry.parameter.device
+        piece.entry.numbers = {key: torch.empty(shape, dtype=dtype, device=device) for key, (shape, dtype) in numbers.items()}
         piece.entry.begun = True
