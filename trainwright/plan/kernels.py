@@ -210,6 +210,7 @@ class Kernels:
     def _noted(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """What stands for the results of a node whose shapes are known, without a call of its operator."""
         watcher, like = self._compiler.watcher, node.meta["val"]
+        made: list[Any]
         if node in self._outside:
             with watcher.pausing():
                 made = [x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
@@ -248,8 +249,8 @@ _REPLAYED: dict[Any, Any] = {run_and_save_rng_state: _drawn, run_with_rng_state:
 
 def _viewed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     """What stands for a view that nobody looks through: what it is a view of, if that has memory at all."""
-    whole = values.get(node.all_input_nodes[0])
-    return whole[node.args[1]] if isinstance(whole, tuple) else whole
+    whole, place = values.get(node.all_input_nodes[0]), node.args[-1]
+    return whole[place] if isinstance(whole, tuple) and isinstance(place, int) else whole
 
 
 def _shape(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
