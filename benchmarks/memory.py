@@ -6,7 +6,7 @@ checkpointing   memory.checkpointing none, full, selective and offload, compiled
                 model with PEFT (bf16 weights, SDPA), without and with gradient_checkpointing=True; both in float32 where
                 the processor has no instructions for bfloat16
 stream          a model larger than its memory: see ``memory_stream``
-budgets         LoRA (one row of 512 tokens at a time) and a full fine-tune by settings that take less and less memory; of each
+budgets         LoRA (rows of 512 tokens) and a full fine-tune by settings that take less and less memory, or a budget; of each
                 the process's peak less what it held after the imports (VmHWM - VmRSS), and tokens/s; weights from a file in
                 bfloat16, as models are published
 accuracy        the held-out loss of recipes/docstrings.yaml after a few steps, by ways of storing and rounding; where the
@@ -65,6 +65,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, full, 1, stream, eager": ("dense", {**ONE, **CKPT, **STREAM, **EAGER}),
     "lora, full, 1, stream, disk": ("dense", {**ONE, **CKPT, **STREAM, **DISK}),
     "lora, full, 1, stream, 8bit": ("dense", {**ONE, **CKPT, **STREAM, **EIGHT}),
+    "lora, 450MiB": ("dense", {"memory.budget": "450MiB"}),
     "tuned": ("full", {}),
     "tuned, 8bit, early": ("full", {**EIGHT, **EARLY}),
     "tuned, full, 8bit, early": ("full", {**CKPT, **EIGHT, **EARLY}),
@@ -77,6 +78,7 @@ ACCURACY: dict[str, dict[str, Any]] = {
     "8-bit states": {"precision": "bf16", **EIGHT},
     "4-bit base": {"precision": "bf16", "adapt.base": "4bit"},
 }  # fmt: skip
+PLANNED = {"data.source": "python-docstrings", "data.limit": 100}  # rows of the same length that another process finds
 BEGIN, MARK = "step begins", "backward of the blocks begins"
 
 
@@ -214,7 +216,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     import transformers  # noqa: F401  (what a run imports counts as imports)
 
     from benchmarks import own_finetune
-    from trainwright import build, loop, supervised  # noqa: F401
+    from trainwright import budget, build, loop, supervised  # noqa: F401
     from trainwright.adapt import lora  # noqa: F401
     from trainwright.data.text import TextSplits
     from trainwright.recipe.file import changed
@@ -225,6 +227,9 @@ def measure(name: str, options: argparse.Namespace) -> None:
     content = own_finetune.documents(rows)
     case, keys = SETTINGS[name]
     recipe = changed(own_finetune.recipe(case, options.steps, str(options.work / PUBLISHED)), keys)
+    if recipe.memory.budget is not None:
+        chosen = budget.settled(changed(recipe, PLANNED), torch.device("cpu"), lambda text: print(text, file=sys.stderr))
+        recipe = recipe.model_copy(update={"memory": chosen.memory, "training": chosen.training, "adapt": chosen.adapt})
     run = build.assemble(recipe, splits=TextSplits(content, None, cached=True))
     built, results = bytes_of("VmHWM"), list(loop.train(run))
     seconds = statistics.median(result.seconds for result in results[options.warmup :])

@@ -36,6 +36,9 @@ DECODER: dict[str, dict[str, Any]] = {
     "compiled, bf16": {"run__compile": "on", "precision": "bf16"},
     "compiled, full": {"run__compile": "on", "memory": {"checkpointing": "full"}},
     "compiled, selective": {"run__compile": "on", "memory": {"checkpointing": "selective"}},
+    "compiled, lora": {"run__compile": "on", "adapt": LORA},
+    "compiled, lora, full": {"run__compile": "on", "adapt": LORA, "memory": {"checkpointing": "full"}},
+    "compiled, lora, selective": {"run__compile": "on", "adapt": LORA, "memory": {"checkpointing": "selective"}},
 }
 DIGITS = {"data": {"kind": "images", "source": "digits", "limit": 600}}
 SERIES = {"data": {"kind": "series", "source": "sunspots", "window": 96}, "loss": {"name": "mse"}}

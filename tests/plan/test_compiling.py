@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests import small, tiny
 from trainwright.parallel.mesh import Axis
-from trainwright.plan.compiling import Compiler, _key
+from trainwright.plan.compiling import Compiler, _key, _sum_in_products
 from trainwright.plan.kernels import Kernels
 from trainwright.plan.rehearsal import processes, rehearse
 
@@ -164,3 +164,31 @@ def test_a_graph_serves_the_processes_that_it_names():
         near, far = dist.new_group([0, 1]), dist.new_group([0, 2])
         assert key(near) == key(near)
         assert key(near) != key(far)
+
+
+def test_intermediate_work_is_done_again_for_each_product_that_needs_it():
+    """A square is no result of its own, though one product needs it before another kernel and one after."""
+
+    def function(x, weight):
+        square = x.square()
+        first = (square + 1) @ weight
+        return first, (square * first) @ weight
+
+    graph = make_fx(function)(torch.randn(8, 8), torch.randn(8, 8))
+    laid_out = Kernels(graph, Compiler())
+    assert "pow_1" not in {node.name for node in laid_out._written}
+
+
+def test_a_sum_of_products_is_one_product():
+    def function(a, b, c):
+        return a @ b + a @ c, a @ b + 1
+
+    graph = make_fx(function)(*torch.randn(3, 8, 8))
+    _sum_in_products(graph.graph)
+    names = [node.target._schema.name for node in graph.graph.nodes if node.op == "call_function"]
+    assert names.count("aten::addmm") == 1
+    assert names.count("aten::mm") == 2
+    a, b, c = torch.randn(3, 8, 8)
+    graph.recompile()
+    for got, wanted in zip(graph(a, b, c), function(a, b, c), strict=True):
+        torch.testing.assert_close(got, wanted)

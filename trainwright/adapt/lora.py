@@ -75,9 +75,10 @@ class LoraLinear(nn.Linear):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Base and adapter on x, and perhaps a bias."""
-        dropped = dropout(x, self.dropout, self.training, self.portion) if self.dropout else x
+        flat = _rows(x)
+        dropped = _rows(dropout(x, self.dropout, self.training, self.portion)) if self.dropout else flat
         low = nn.functional.linear(dropped, self.lora_A) * self.scale
-        return _added(self.base(x, bias), low, self.lora_B)
+        return _added(self.base(flat, bias), low, self.lora_B).view(*x.shape[:-1], -1)
 
     def base(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The frozen layer's product, which may be made another way."""
@@ -95,11 +96,12 @@ class LoraLinear(nn.Linear):
         """
         if not all(isinstance(layer, LoraLinear) and not (layer.dropout and layer.training) for layer in layers):
             return [layer(x) for layer in layers]
-        adapted = [layer for layer in layers if isinstance(layer, LoraLinear)]
-        low = nn.functional.linear(x, torch.cat([layer.lora_A for layer in adapted])) * adapted[0].scale
+        adapted, flat = [layer for layer in layers if isinstance(layer, LoraLinear)], _rows(x)
+        low = nn.functional.linear(flat, torch.cat([layer.lora_A for layer in adapted])) * adapted[0].scale
         parts = low.split([len(layer.lora_A) for layer in adapted], -1)
-        bases = [layer.base(x, layer.bias) for layer in adapted]
-        return [_added(base, part, layer.lora_B) for base, part, layer in zip(bases, parts, adapted, strict=True)]
+        bases = [layer.base(flat, layer.bias) for layer in adapted]
+        sums = [_added(base, part, layer.lora_B) for base, part, layer in zip(bases, parts, adapted, strict=True)]
+        return [rows.view(*x.shape[:-1], -1) for rows in sums]
 
     def effective_weight(self) -> Tensor:
         """W + scale * B A, summed in float32 at least, in W's dtype; without dropout."""
@@ -121,10 +123,14 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear))
 
 
+def _rows(x: Tensor) -> Tensor:
+    """A matrix of all rows: gradients of several products with it are then summed by products, without a pass of their own."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def _added(base: Tensor, low: Tensor, factor: Tensor) -> Tensor:
-    """``base`` (..., out) with ``low`` (..., rank) times B (out, rank): one product that ends in the base's memory."""
-    flat = torch.addmm(base.reshape(-1, base.shape[-1]), low.reshape(-1, low.shape[-1]), factor.T)
-    return flat.view(base.shape)
+    """``base`` (rows, out) with ``low`` (rows, rank) times B (out, rank): one product that ends in the base's memory."""
+    return torch.addmm(base, low, factor.T)
 
 
 @torch.no_grad()

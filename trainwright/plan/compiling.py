@@ -33,6 +33,7 @@ from trainwright.plan.counting import messages_traced
 from trainwright.plan.kernels import Kernels, Watcher
 
 Policy = Callable[..., CheckpointPolicy]
+aten = torch.ops.aten
 NOTHING = nn.Module()
 AROUND = (Offloaded, Segmented)  # classes whose forward is never a part of what is compiled
 
@@ -97,6 +98,7 @@ class Compiler:
         return function
 
     def _lay_out(self, gm: fx.GraphModule, example_inputs: Any) -> Any:
+        _sum_in_products(gm.graph)
         run = Kernels(gm, self).run
 
         def boxed(values: list[Any]) -> Any:
@@ -136,6 +138,35 @@ def _partition(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
     with V.set_fake_mode(detect_fake_mode(inputs)):
         joint_graph_passes(module)
     return min_cut_rematerialization_partition(module, inputs, compiler="inductor", **options)
+
+
+def _sum_in_products(graph: fx.Graph) -> None:
+    """``x + a @ b`` becomes one product where nobody else wants ``a @ b``, as inductor does it once the gradients are there."""
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        for product, other in (node.args[:2], node.args[1::-1]):
+            if _is_only_for(product, node) and isinstance(other, fx.Node) and _widens(other, product):
+                with graph.inserting_before(node):
+                    both = graph.call_function(aten.addmm.default, (other, *product.args))
+                both.meta = dict(node.meta)
+                node.replace_all_uses_with(both)
+                graph.erase_node(node)
+                graph.erase_node(product)
+                break
+
+
+def _is_only_for(product: Any, node: fx.Node) -> bool:
+    return (
+        isinstance(product, fx.Node) and product.target is aten.mm.default and set(product.users) == {node} and not node.kwargs
+    )
+
+
+def _widens(other: fx.Node, product: fx.Node) -> bool:
+    value, whole = other.meta.get("val"), product.meta["val"]
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == whole.dtype
+        and torch.broadcast_shapes(value.shape, whole.shape) == whole.shape
+    )
 
 
 def _within(kind: type[nn.Module], compiler: Compiler) -> type[nn.Module]:

@@ -1,7 +1,7 @@
 """A traced graph as inductor would lay it out, and run on tensors without values.
 
-Products, convolutions, attention and other kernels write memory; elementwise work and reductions join until a kernel, a later
-use or the graph's end needs a result.
+Products, convolutions, attention and other kernels write memory; elementwise work and reductions join until a kernel or the
+graph's end needs a result, and are done again for another one.
 """
 
 from __future__ import annotations
@@ -69,22 +69,12 @@ class Kernels:
 
     def _choose(self) -> set[fx.Node]:
         """What is written to memory."""
-        order = {node: place for place, node in enumerate(self._nodes)}
-        heavy = [order[node] for node in self._nodes if _is_heavy(node)]
-        written = set()
-        for node in self._nodes:
-            if node.op != "call_function":
-                continue
-            if _is_heavy(node) or any(_needs(user) for user in _users(node)):
-                written.add(node)
-            elif _is_view(node):
-                continue
-            else:
-                places = [order[user] for user in _users(node)]
-                split = len(places) > 1 and any(min(places) < place < max(places) for place in heavy)
-                if split or _is_reduction(node):
-                    written.add(node)
-        return written
+        return {
+            node
+            for node in self._nodes
+            if node.op == "call_function"
+            and (_is_heavy(node) or _is_reduction(node) or any(_needs(user) for user in _users(node)))
+        }
 
     def _read(self) -> dict[fx.Node, set[fx.Node]]:
         """For each node the written ones, or inputs, that its value is computed from."""
@@ -97,10 +87,7 @@ class Kernels:
         return found
 
     def _join(self) -> None:
-        """Put side by side what inductor makes one kernel of: work of one size on the same inputs of the graph.
-
-        Later results aren't looked at: their memory is used again by what reads them last, so that joining costs nothing.
-        """
+        """Put side by side what inductor makes one kernel of: work of one size that reads the same. Results exist together."""
         group: dict[fx.Node, list[fx.Node]] = {}
         for node in reversed([node for node in self._nodes if node in self._written and _joins(node)]):
             after = self._after(node)
@@ -112,7 +99,7 @@ class Kernels:
 
     def _alike(self, one: fx.Node, other: fx.Node) -> bool:
         shared = self._sources[one] & self._sources[other]
-        return _size(one) == _size(other) and any(x.op == "placeholder" and _size(x) == _size(one) for x in shared)
+        return _size(one) == _size(other) and any(_size(x) == _size(one) for x in shared)
 
     def _after(self, node: fx.Node) -> set[fx.Node]:
         """Those that need it, with itself."""
