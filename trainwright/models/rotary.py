@@ -39,20 +39,19 @@ class Rotary:
     factor: float = 1.0
 
     def tables(self, positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 (*positions.shape, head_dim), for int64 positions."""
+        """Cosines and sines, float32 (*positions.shape, head_dim / 2), for int64 positions."""
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
         frequencies = 1.0 / (self.theta**exponents) / self.factor
         if self.scaling is not None:
             frequencies = self.scaling(frequencies)
         angles = positions[..., None].float() * frequencies
-        angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + d/2) of the last dimension by their angles; computed in cos's dtype, given in x's."""
     first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def read_rotary(config: Mapping[str, Any], where: str) -> Rotary:
