@@ -28,7 +28,7 @@ from trainwright.recipe.file import changed
 Keys = dict[str, Any]
 Found = tuple[Choice, Keys]
 Say = Callable[[str], None]
-DEPTHS = (2, 3)  # blocks of a stage that are rehearsed
+DEPTHS = (2, 4)  # blocks of a stage that are rehearsed; even, because two may be checkpointed together
 ANYHOW = ("parallel.zero", "parallel.data")  # blocks are compiled the same
 ACCURACY = {"fp32": "exact", "fp64": "exact"}  # by precision; the others are "bf16"
 DISK = 1.5e9  # bytes a second of a drive, each way: an assumption, told in the notes
