@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from tests import small, tiny
 from trainwright.parallel.mesh import Axis
@@ -192,3 +194,17 @@ def test_a_sum_of_products_is_one_product():
     graph.recompile()
     for got, wanted in zip(graph(a, b, c), function(a, b, c), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_a_trace_takes_no_memory(tmp_path, monkeypatch):
+    """It is run once without modes, where a new tensor would be a real one, however large."""
+    kinds, plain = set(), Kernels.run
+
+    def run(self, inputs):
+        result = plain(self, inputs)
+        kinds.update(type(x) for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+    monkeypatch.setattr(Kernels, "run", run)
+    rehearse(tiny.recipe(tmp_path, **TEXT, run__compile="on"))
+    assert kinds == {FakeTensor}

@@ -6,7 +6,7 @@ graph's end needs a result, and are done again for another one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ class Watcher(Protocol):
 
     def pausing(self) -> AbstractContextManager[object]:
         """While operators aren't watched."""
+
+    def new(self, like: Tensor) -> Tensor:
+        """Without values, and not seen yet."""
 
     def see(self, result: Tensor | Memory | None) -> None:
         """Memory is written, and lives as long as this object."""
@@ -197,13 +200,8 @@ class Kernels:
     def _noted(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         """What stands for the results of a node whose shapes are known, without a call of its operator."""
         watcher, like = self._compiler.watcher, node.meta["val"]
-        made: list[Any]
-        if node in self._outside:
-            with watcher.pausing():
-                made = [x if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-                        for x in _several(like)]  # fmt: skip
-        else:
-            made = [x if x is None else Memory(x) for x in _several(like)]
+        make: Callable[[Tensor], Any] = watcher.new if node in self._outside else Memory
+        made = [x if x is None else make(x) for x in _several(like)]
         if node in self._written:
             for one in made:
                 watcher.see(one)

@@ -76,8 +76,15 @@ class Watching(TorchDispatchMode):
         finally:
             self.paused = before
 
+    def new(self, like: Tensor) -> Tensor:
+        """A tensor as a kernel of a graph makes it; while a graph is traced, without modes, of the trace's kind."""
+        if not self._watches():
+            return like.new_empty_strided(like.shape, like.stride())
+        with self.pausing():
+            return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+
     def see(self, result: Tensor | Memory | None) -> None:
-        """As a kernel of a graph makes it; what runs while a graph is traced, without modes, is no part of the run."""
+        """Memory that a kernel of a graph writes; what runs while a graph is traced is no part of the run."""
         if self._watches():
             self.ledger.hold(result) if isinstance(result, Memory) else self.ledger.see(result)
 
