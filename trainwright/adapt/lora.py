@@ -78,7 +78,7 @@ class LoraLinear(nn.Linear):
         flat = _rows(x)
         dropped = _rows(dropout(x, self.dropout, self.training, self.portion)) if self.dropout else flat
         low = nn.functional.linear(dropped, self.lora_A) * self.scale
-        return _added(self.base(flat, bias), low, self.lora_B).view(*x.shape[:-1], -1)
+        return _added(self.base(flat, bias), low, self.lora_B).view(*x.shape[:-1], len(self.lora_B))
 
     def base(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The frozen layer's product, which may be made another way."""
@@ -101,7 +101,7 @@ class LoraLinear(nn.Linear):
         parts = low.split([len(layer.lora_A) for layer in adapted], -1)
         bases = [layer.base(flat, layer.bias) for layer in adapted]
         sums = [_added(base, part, layer.lora_B) for base, part, layer in zip(bases, parts, adapted, strict=True)]
-        return [rows.view(*x.shape[:-1], -1) for rows in sums]
+        return [rows.view(*x.shape[:-1], rows.shape[-1]) for rows in sums]
 
     def effective_weight(self) -> Tensor:
         """W + scale * B A, summed in float32 at least, in W's dtype; without dropout."""
