@@ -265,7 +265,10 @@ def _publish(work: Path) -> None:
 
 def accuracy(options: argparse.Namespace) -> dict[str, Any]:
     """The held-out loss of each way, and the seconds of a step."""
-    found = {way: child(["--accuracy", way, "--accuracy-steps", str(options.accuracy_steps)]) for way in ACCURACY}
+    found: dict[str, Any] = {}
+    for way in ACCURACY:
+        found[way] = child(["--accuracy", way, "--accuracy-steps", str(options.accuracy_steps)])
+        print(f"{way}: {found[way]}", file=sys.stderr)
     return {way: {**result, "more": result["loss"] - found["bf16"]["loss"]} for way, result in found.items()}
 
 
