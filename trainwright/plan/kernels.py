@@ -67,7 +67,7 @@ class Kernels:
         self._sources = self._read()
         self._join()
         self._last = self._lives()
-        self._known_ = self._known()
+        self._shaped = self._known()
         self._outside = self._read_outside()
 
     def _choose(self) -> set[fx.Node]:
@@ -155,7 +155,7 @@ class Kernels:
         found: set[fx.Node] = set()
         for node in reversed(self._nodes):
             viewed = node in found and _is_view(node)
-            if viewed or node.op == "output" or not (node in self._known_ or _is_view(node)):
+            if viewed or node.op == "output" or not (node in self._shaped or _is_view(node)):
                 found.update(node.all_input_nodes)
         return found
 
@@ -179,7 +179,7 @@ class Kernels:
         return result
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        if node in self._known_:
+        if node in self._shaped:
             return self._noted(node, values)
         if _is_view(node) and node not in self._outside:
             return _viewed(node, values)
