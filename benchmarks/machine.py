@@ -24,6 +24,7 @@ SQUARE_SIZES = (1024, 2048, 3072)
 FAST = torch.bfloat16 if multiplies_bfloat16() else torch.float32  # the dtype that whoever wants speed takes here
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
+HALVES = (torch.bfloat16, torch.float16)
 IN_PLACE = {aten.addmm_.default: aten.addmm.default, aten.baddbmm_.default: aten.baddbmm.default}
 
 
@@ -88,7 +89,7 @@ def matrix_product_rate(dtype: torch.dtype) -> dict[str, float]:
 
 
 class WideProducts(TorchDispatchMode):
-    """Products of bfloat16 as processors with instructions for it make them: summed up in float32 and rounded once.
+    """Products of 16-bit numbers as processors with instructions for them make them: summed up in float32 and rounded once.
 
     For accuracy where there are none; what takes long there is the product itself. Not under ``torch.compile``.
     """
@@ -96,11 +97,11 @@ class WideProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         known = func in IN_PLACE or func.overloadpacket in PRODUCTS
-        if not known or args[-1].dtype != torch.bfloat16:
+        if not known or args[-1].dtype not in HALVES:
             return func(*args, **kwargs)
         into = args[0] if func in IN_PLACE else kwargs.pop("out", None)
         wide = [one.float() if isinstance(one, Tensor) else one for one in args]
-        result = IN_PLACE.get(func, func.overloadpacket.default)(*wide, **kwargs).to(torch.bfloat16)
+        result = IN_PLACE.get(func, func.overloadpacket.default)(*wide, **kwargs).to(args[-1].dtype)
         return result if into is None else into.copy_(result)
 
 

@@ -9,8 +9,7 @@ stream          a model larger than its memory: see ``memory_stream``
 budgets         LoRA (rows of 512 tokens) and a full fine-tune by settings that take less and less memory, or a budget; of each
                 the process's peak less what it held after the imports (VmHWM - VmRSS), and tokens/s; weights from a file in
                 bfloat16, as models are published
-accuracy        the held-out loss of recipes/docstrings.yaml after a few steps, by ways of storing and rounding; where the
-                processor has no instructions for bfloat16, products are made in float32 of the same numbers, not compiled
+accuracy        what ways of storing and rounding cost in held-out loss: see ``memory_accuracy``
 
 Bytes of the first case are those of live tensors, as PyTorch's profiler sees each allocation of the CPU, compiled or not:
   held         what the forward left for the backward of the blocks: live when that begins, less what was live before the step
@@ -30,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import memory_stream
+from benchmarks import memory_accuracy, memory_stream
 from benchmarks.machine import FAST
 from benchmarks.memory_stream import bytes_of
 
@@ -73,11 +71,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tuned, full, disk, early": ("full", {**CKPT, **DISK, **EARLY}),
     "tuned, full, disk, early, eager": ("full", {**CKPT, **DISK, **EARLY, **EAGER}),
 }
-ACCURACY: dict[str, dict[str, Any]] = {
-    "fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}, "pure_bf16": {"precision": "pure_bf16"},
-    "8-bit states": {"precision": "bf16", **EIGHT},
-    "4-bit base": {"precision": "bf16", "adapt.base": "4bit"},
-}  # fmt: skip
 PLANNED = {"data.source": "python-docstrings", "data.limit": 100}  # rows of the same length that another process finds
 BEGIN, MARK = "step begins", "backward of the blocks begins"
 
@@ -263,35 +256,6 @@ def _publish(work: Path) -> None:
         save_file({name: tensor.bfloat16() for name, tensor in load_file(source).items()}, target / FILE, {"format": "pt"})
 
 
-def accuracy(options: argparse.Namespace) -> dict[str, Any]:
-    """The held-out loss of each way, and the seconds of a step."""
-    found: dict[str, Any] = {}
-    for way in ACCURACY:
-        found[way] = child(["--accuracy", way, "--accuracy-steps", str(options.accuracy_steps)])
-        print(f"{way}: {found[way]}", file=sys.stderr)
-    return {way: {**result, "more": result["loss"] - found["bf16"]["loss"]} for way, result in found.items()}
-
-
-def train_docstrings(way: str, options: argparse.Namespace) -> None:
-    """In this process; its JSON on stdout."""
-    from benchmarks.machine import WideProducts
-    from trainwright import build, loop
-    from trainwright.memory.precision import multiplies_bfloat16
-    from trainwright.recipe.file import changed, load
-
-    able = multiplies_bfloat16()
-    shorter = {
-        "training.steps": options.accuracy_steps, "evaluation.samples": 0, "data.limit": 1000, "data.sequence_length": 256
-    }  # fmt: skip
-    compiled = {} if able else EAGER
-    run = build.assemble(changed(load(Path("recipes/docstrings.yaml")), {**shorter, **compiled, **ACCURACY[way]}))
-    with nullcontext() if able else WideProducts():
-        before = loop.evaluate(run)["loss"]
-        results = list(loop.train(run))
-        after = loop.evaluate(run)["loss"]
-    print(json.dumps({"before": before, "loss": after, "seconds": statistics.median(result.seconds for result in results)}))
-
-
 def child(arguments: list[str]) -> dict[str, Any]:
     """One process to its end; its JSON."""
     done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, text=True)
@@ -304,6 +268,11 @@ def child(arguments: list[str]) -> dict[str, Any]:
 def stream(options: argparse.Namespace) -> dict[str, Any]:
     """See ``memory_stream``."""
     return memory_stream.case()
+
+
+def accuracy(options: argparse.Namespace) -> dict[str, Any]:
+    """See ``memory_accuracy``."""
+    return memory_accuracy.case()
 
 
 CASES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -321,9 +290,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--folder", help="where offloaded tensors go")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "trainwright-bench"))
     parser.add_argument("--settings", default="", help="of the budgets: names, divided by semicolons; by default all")
-    parser.add_argument("--accuracy-steps", type=int, default=20)
     parser.add_argument("--measure", choices=list(SETTINGS), help=argparse.SUPPRESS)
-    parser.add_argument("--accuracy", choices=list(ACCURACY), help=argparse.SUPPRESS)
     parser.add_argument("--one", choices=(*MODES, *PEERS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -334,8 +301,6 @@ def main() -> None:
         return one(options.one, options)
     if options.measure:
         return measure(options.measure, options)
-    if options.accuracy:
-        return train_docstrings(options.accuracy, options)
     from benchmarks.finetune import prepare_data
     from benchmarks.peer_finetune import prepare_base
 
