@@ -52,6 +52,21 @@ def measured(recipe):
     return peak
 
 
+def test_the_garbage_collector_is_as_before(tmp_path):
+    seen = gc.get_freeze_count()
+    rehearse(tiny.recipe(tmp_path, **TEXT))
+    with pytest.raises(InputError):
+        rehearse(tiny.recipe(tmp_path, **TEXT, adapt={**LORA, "targets": ["nothing"]}))
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == seen
+    gc.disable()
+    try:
+        rehearse(tiny.recipe(tmp_path, **TEXT))
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_peak_is_that_of_the_real_step(tmp_path, case):
     maker, changes = CASES[case]

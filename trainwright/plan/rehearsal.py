@@ -89,6 +89,22 @@ def converting() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def collecting_new() -> Iterator[None]:
+    """While Python's garbage collector waits to be asked, and leaves alone what was there before: the libraries are large."""
+    gc.freeze()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+@collecting_new()
 def rehearse(
     recipe: Recipe,
     count: int = 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,8 @@ from trainwright.recipe import RunError
 Make = Callable[..., AbstractContextManager[Any]]
 Run = Callable[[Callable[[Any, Any], Any], Sequence[Any]], Iterator[Any]]
 FEW = 8  # jobs that aren't worth the start of processes
-_made: list[Any] = []  # in a worker: what it made
+_open = ExitStack()  # in a worker: the context of what it made, open until the process ends
+_made: list[Any] = []
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def crew(make: Make, arguments: Sequence[Any], count: int) -> Iterator[Run]:
         RunError: a process was ended from outside.
     """
     if count == 1:
-        with make(*arguments) as made, _frozen():
+        with make(*arguments) as made:
             yield lambda function, jobs: (function(made, job) for job in jobs)
         return
     context = forking.context("trainwright.build")
@@ -51,30 +51,13 @@ def crew(make: Make, arguments: Sequence[Any], count: int) -> Iterator[Run]:
         pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _frozen() -> Iterator[None]:
-    """While Python's collector leaves alone what is there already: a rehearsal's garbage is small, the libraries are large."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def _begin(make: Make, arguments: Sequence[Any]) -> None:
     import torch  # NOTE: here, so that a process begins to listen to its starter first
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter hears of it, and ends this process
     torch.set_num_threads(1)
-    _made.append(ExitStack().enter_context(make(*arguments)))
-    gc.collect()
-    gc.freeze()
+    _made.append(_open.enter_context(make(*arguments)))
 
 
 def _call(function: Callable[[Any, Any], Any], job: Any) -> Any:
-    try:
-        return function(_made[0], job)
-    finally:
-        gc.collect()
-        gc.freeze()  # what was traced stays for later jobs
+    return function(_made[0], job)
