@@ -24,12 +24,24 @@ CASES = {
 def test_one_portion_counts_for_those_alike(tmp_path, monkeypatch, case):
     recipe = tiny.recipe(tmp_path, training__batch_size=2, training__micro_batch_size=2, **CASES[case])
     monkeypatch.setattr(portions, "CHUNK", 2**12)
-    updates = []
-    plain = Updater._update_portion
-    monkeypatch.setattr(Updater, "_update_portion", lambda self, portion: updates.append(1) or plain(self, portion))
-    fast, few = rehearse(recipe), len(updates)
+    calls = {"_update_portion": 0, "_take_back": 0}
+
+    def counted(name):
+        plain = getattr(Updater, name)
+
+        def call(*args):
+            calls[name] += 1
+            return plain(*args)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(Updater, name, counted(name))
+    fast, few = rehearse(recipe), dict(calls)
     monkeypatch.setattr(rehearsal, "portions_once", lambda *args: nullcontext())
     every = rehearse(recipe)
-    assert few < len(updates) - few
+    assert all(2 * few[name] < calls[name] for name in calls)
+    if case == "rounded":  # slices of a portion are alike, too
+        assert few["_take_back"] * calls["_update_portion"] < calls["_take_back"] * few["_update_portion"]
     assert (fast.peak.total, fast.parts, fast.resting) == (every.peak.total, every.parts, every.resting)
     assert fast.counts.all_works() == every.counts.all_works()

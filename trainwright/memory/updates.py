@@ -152,20 +152,23 @@ class Updater:
         worker.param_groups = [{**group, "params": lent}]
         worker.step()
         for piece, scratch in zip(portion, lent, strict=True):
-            self._take_back(piece, scratch.detach(), worker.state[scratch], group["update"])
+            found = {key: value for key, value in worker.state[scratch].items() if isinstance(value, Tensor)}
+            self._take_back(piece, scratch.detach(), found, group["update"])
+            if piece.last:
+                entry = piece.entry
+                entry.numbers = {key: value for key, value in found.items() if key not in entry.states}
+                entry.begun = True
         worker.state = defaultdict(dict)
 
-    def _take_back(self, piece: Slice, values: Tensor, states: Mapping[str, Any], update: int) -> None:
+    def _take_back(self, piece: Slice, values: Tensor, states: Mapping[str, Tensor], update: int) -> None:
+        """Write what became of the numbers of a slice, and of their states, to where these are kept."""
         entry = piece.entry
         if entry.wide != entry.parameter.dtype:
             chance = rounding.key_of(self._seed, update, entry.place.name)
             bits = rounding.bits_of(chance, entry.parameter, entry.place.piece, piece.start, piece.count)
             rounding.round_(piece.of(entry.flat()), values, bits)
-        found = {key: value for key, value in states.items() if isinstance(value, Tensor)}
         for key, state in entry.states.items():
-            state.write(piece.start, found.pop(key))
-        if piece.last:
-            entry.numbers, entry.begun = found, True
+            state.write(piece.start, states[key])
 
     def in_backward(self, order: Sequence[nn.Parameter]) -> None:
         """From now on update and free each gradient as it arrives; a step then only calls the hooks.
