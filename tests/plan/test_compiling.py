@@ -56,6 +56,20 @@ def test_equal_blocks_are_traced_once_and_rehearsals_share(tmp_path):
     assert one.counts.all_works() == two.counts.all_works()
 
 
+@pytest.mark.parametrize("layers", ["decoder", "lora"])
+def test_one_trace_does_for_each_way_of_checkpointing(tmp_path, layers):
+    adapt = {"adapt": {"method": "lora", "rank": 4, "dropout": 0.1}} if layers == "lora" else {}
+    shared = Compiler(any_mode=True)
+    for mode in ("none", "selective", "full", "offload"):
+        recipe = tiny.recipe(tmp_path, **TEXT, run__compile="on", memory__checkpointing=mode, **adapt)
+        alone, together = rehearse(recipe, compiler=Compiler()), rehearse(recipe, compiler=shared)
+        if mode == "none":
+            traced = len(shared._traces)
+        assert (together.peak.total, together.parts, together.timeline) == (alone.peak.total, alone.parts, alone.timeline)
+        assert together.counts.all_works() == alone.counts.all_works()
+    assert len(shared._traces) == traced
+
+
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_results_that_nobody_reads_need_not_be_made(tmp_path, monkeypatch, mode):
     recipe = tiny.recipe(tmp_path, **TEXT, run__compile="on", memory={"checkpointing": mode})

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor.decomposition import select_decomp_table
@@ -23,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.traceback import preserve_node_meta
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainwright.memory import selective
@@ -31,6 +30,7 @@ from trainwright.memory.checkpointing import Offloaded, Recomputed, Segmented
 from trainwright.parallel.mesh import Axis
 from trainwright.plan.counting import messages_traced
 from trainwright.plan.kernels import Kernels, Watcher
+from trainwright.plan.tracing import Traced
 
 Policy = Callable[..., CheckpointPolicy]
 aten = torch.ops.aten
@@ -41,12 +41,17 @@ AROUND = (Offloaded, Segmented)  # classes whose forward is never a part of what
 class Compiler:
     """Stands in for ``torch.compile``; several rehearsals may share what it has traced.
 
+    Args:
+        any_mode: trace blocks with the marks of ``selective``, so that one trace does for each way of checkpointing them.
+
     watcher  of the rehearsal that is served
     """
 
     watcher: Watcher
 
-    def __init__(self) -> None:
+    def __init__(self, any_mode: bool = False) -> None:
+        self._any_mode = any_mode
+        self._traces: dict[Any, Traced] = {}
         self._functions: dict[Any, Callable[..., Any]] = {}
 
     def compile(self, forward: Any) -> Any:
@@ -63,39 +68,22 @@ class Compiler:
         """One call of a block's own forward; ``policy`` says what becomes of each result of a checkpointed one."""
         named = {**dict(block.named_parameters()), **dict(block.named_buffers())}
         flat, spec = tree_flatten((args, kwargs))
-        places = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
-        tensors = [flat[place] for place in places]
-        others = [None if isinstance(value, Tensor) else value for value in flat]
-        key = _key(block, list(named.values()), tensors, [policy, *others])
-        if key not in self._functions:
-            names = list(named)
-
-            def plain(values: list[Tensor], inputs: list[Tensor]) -> Any:
-                whole = list(others)
-                for place, tensor in zip(places, inputs, strict=True):
-                    whole[place] = tensor
-                given, options = torch.utils._pytree.tree_unflatten(whole, spec)
-                with _reparametrize_module(block, dict(zip(names, values, strict=True)), tie_weights=True):
-                    return forward(*given, **options)
-
-            traced = plain if policy is None else partial(_recomputed, plain, policy)
-            self._functions[key] = self._traced(traced, list(named.values()), tensors)
-        return self._functions[key](list(named.values()), tensors)
-
-    def _traced(self, plain: Callable[..., Any], values: list[Tensor], tensors: list[Tensor]) -> Callable[..., Any]:
-        function = aot_function(
-            plain,
-            fw_compiler=self._lay_out,
-            bw_compiler=self._lay_out,
-            partition_fn=_partition,
-            decompositions=select_decomp_table(),
-        )
-        with self.watcher.pausing():  # new ones: the graphs remember what they were traced with
-            like = tree_map_only(Tensor, _like, (values, tensors))
-        # The trace itself isn't part of the run, nor anything that waits for a backward.
-        with _disable_current_modes(), saved_tensors_hooks(lambda x: x, lambda x: x), messages_traced():
-            function(*like)
-        return function
+        values, tensors = list(named.values()), [value for value in flat if isinstance(value, Tensor)]
+        others = [... if isinstance(value, Tensor) else value for value in flat]
+        key = _key(block, values, tensors, others)
+        if (key, policy) not in self._functions:
+            with self.watcher.pausing():  # new ones: the graphs remember what they were traced with
+                like = tree_map_only(Tensor, _like, (values, tensors))
+            # The trace itself isn't part of the run, nor anything that waits for a backward.
+            with _disable_current_modes(), saved_tensors_hooks(lambda x: x, lambda x: x), messages_traced():
+                marks = selective.policy if self._any_mode and block is not NOTHING else policy
+                if (key, marks) not in self._traces:
+                    plain = partial(_called, forward, block, list(named), others, spec)
+                    marked = plain if marks is None else partial(_recomputed, plain, marks)
+                    self._traces[key, marks] = Traced(marked, like, select_decomp_table())
+                trace = self._traces[key, marks]
+                self._functions[key, policy] = trace.cut(partial(_mark, policy), _partition, self._lay_out)
+        return self._functions[key, policy](values, tensors)
 
     def _lay_out(self, gm: fx.GraphModule, example_inputs: Any) -> Any:
         _sum_in_products(gm.graph)
@@ -106,6 +94,22 @@ class Compiler:
 
         boxed._boxed_call = True  # type: ignore[attr-defined]
         return boxed
+
+
+def _called(
+    forward: Callable[..., Any],
+    block: nn.Module,
+    names: list[str],
+    others: list[Any],
+    spec: Any,
+    values: list[Tensor],
+    tensors: list[Tensor],
+) -> Any:
+    """The forward with these parameters and buffers, and these tensors in the gaps of its other arguments."""
+    given = iter(tensors)
+    args, kwargs = tree_unflatten([next(given) if value is ... else value for value in others], spec)
+    with _reparametrize_module(block, dict(zip(names, values, strict=True)), tie_weights=True):
+        return forward(*args, **kwargs)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -127,6 +131,15 @@ def _recomputed(forward: Callable[..., Any], policy: Policy, values: list[Tensor
         return checkpoint(
             forward, values, inputs, use_reentrant=False, preserve_rng_state=False, early_stop=False, context_fn=contexts
         )
+
+
+def _mark(policy: Policy | None, node: fx.Node) -> None:
+    """Turn the marks of ``selective``, where a node has them, into those of a policy."""
+    if policy is None:
+        node.meta.pop("recompute", None)
+        node.meta.pop("ac_graph_id", None)
+    elif policy is _nothing_kept and "recompute" in node.meta:
+        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _nothing_kept(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

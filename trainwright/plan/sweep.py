@@ -197,7 +197,7 @@ class Pricing:
 
     def __init__(self, recipe: Recipe, device: Device, count: int, budget: int) -> None:
         self.recipe, self.device, self.count, self.budget = recipe, device, count, budget
-        self.compiler = Compiler()
+        self.compiler = Compiler(any_mode=True)
         self.unit = "samples"
         self._known: dict[str, Price] = {}
         self.blocks = _blocks(recipe)
