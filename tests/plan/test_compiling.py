@@ -160,6 +160,20 @@ def test_what_reads_the_same_inputs_is_one_kernel():
     assert names.index("sin") < names.index("mm")
 
 
+def test_what_reads_the_same_inputs_waits_for_what_one_of_them_needs_besides():
+    """A result of an input and of a product is made in one kernel with another result of that input, behind the product."""
+
+    def function(x, weight):
+        first = (x + 1).exp().clone()
+        product = x @ weight
+        return first @ weight, (x * product).sin().clone() @ weight
+
+    graph = make_fx(function)(torch.randn(8, 8), torch.randn(8, 8))
+    names = [node.name for node in Kernels(graph, Compiler())._nodes if node.op == "call_function"]
+    assert names.index("mm") < names.index("clone") < names.index("mm_1")
+    assert names.index("clone_1") < names.index("mm_1")
+
+
 def test_a_graph_serves_any_number_of_documents_but_no_other_shape():
     block, x = torch.nn.Linear(4, 4), torch.zeros(2, 4)
     three, five = (torch.zeros(count, dtype=torch.int32) for count in (3, 5))
@@ -211,7 +225,7 @@ def test_a_sum_of_products_is_one_product():
 
 
 def test_a_trace_takes_no_memory(tmp_path, monkeypatch):
-    """It is run once without modes, where a new tensor would be a real one, however large."""
+    """Whatever a graph gives has no values: a real tensor would be as large as that of the run."""
     kinds, plain = set(), Kernels.run
 
     def run(self, inputs):

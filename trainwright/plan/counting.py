@@ -58,8 +58,10 @@ class Counts:
     def nothing(self) -> Iterator[None]:
         """While calls count for nothing."""
         before = self.works.copy(), self.messages.copy(), self.unknown.copy()
-        yield
-        self.works, self.messages, self.unknown = before
+        try:
+            yield
+        finally:
+            self.works, self.messages, self.unknown = before
 
     def count(self, operator: Any, args: Any, kwargs: Any, result: Any, phase: str) -> None:
         """One call."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from trainwright.loop import Batch
@@ -77,29 +77,21 @@ class Watching(TorchDispatchMode):
             self.paused = before
 
     def new(self, like: Tensor) -> Tensor:
-        """A tensor as a kernel of a graph makes it; while a graph is traced, without modes, of the trace's kind."""
-        if not self._watches():
-            return like.new_empty_strided(like.shape, like.stride())
+        """A tensor as a kernel of a graph makes it."""
         with self.pausing():
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
     def see(self, result: Tensor | Memory | None) -> None:
-        """Memory that a kernel of a graph writes; what runs while a graph is traced is no part of the run."""
-        if self._watches():
-            self.ledger.hold(result) if isinstance(result, Memory) else self.ledger.see(result)
+        """Memory that a kernel of a graph writes."""
+        self.ledger.hold(result) if isinstance(result, Memory) else self.ledger.see(result)
 
     def fused(self, reads: Sequence[Tensor], result: Tensor) -> None:
         """A kernel of joined work."""
-        if self._watches():
-            self.counts.fuse(reads, result, self.moments.now()[0])
+        self.counts.fuse(reads, result, self.moments.now()[0])
 
     def called(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
         """An operator of a graph, with tensors of these shapes."""
-        if self._watches():
-            self._count(operator, args, kwargs, result)
-
-    def _watches(self) -> bool:
-        return not self.paused and self in _get_current_dispatch_mode_stack()
+        self._count(operator, args, kwargs, result)
 
     def _count(self, operator: Any, args: Any, kwargs: Any, result: Any) -> None:
         if self.ledger.on_cpu:
