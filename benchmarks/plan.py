@@ -7,7 +7,7 @@ memory   bytes of tensors at the peak of a step. Measured: every allocation of t
 time     seconds of a step on this CPU, calibrated in the same process. Measured: the fastest of several steps. Target: 20%
 rss      the same peak against the growth of resident memory over the imports. Target: 10%
 ranks    ``memory`` in each of several processes. Measured: what C library and heap gave out after each operator. Target: 5%
-seconds  how long `plan` itself takes, and its peak of resident memory
+seconds  how long `plan` itself takes, and its peak of resident memory; and how long a whole sweep
 
 error is predicted / measured - 1. A page is written for what was measured; all else stays on it. Cases in bfloat16 are left out
 where the processor has no instructions for it.
@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.machine import FAST
-from benchmarks.plan_cases import BF16, MEMORY, PLANS, RANKS, RSS, TIME, recipe_of
+from benchmarks.plan_cases import BF16, MEMORY, PLANS, RANKS, RSS, SWEEP, TIME, recipe_of
 from trainwright.memory import heap
 from trainwright.recipe import Recipe
 
@@ -216,6 +216,22 @@ def plan_seconds(case: str, work: Path) -> dict[str, float]:
     return {"seconds": taken, "resident_gib": peak_resident_bytes() / 2**30, "peak_gib": planned.plan.memory.peak / 2**30}
 
 
+def sweep_seconds() -> dict[str, float]:
+    """A whole command, from its start to the written page."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "trainwright", "plan", *SWEEP, "--device", "h100", "--sweep", "--out", folder]
+        started = time.perf_counter()
+        subprocess.run([*command, "--json"], check=True, capture_output=True)
+        taken = time.perf_counter() - started
+        tried = len(json.loads(Path(folder, "plan.json").read_text())["choices"])
+    return {"seconds": taken, "combinations": tried}
+
+
+def seconds(case: str, work: Path) -> dict[str, float]:
+    """Of one plan, or of a sweep."""
+    return sweep_seconds() if case == "sweep" else plan_seconds(case, work)
+
+
 # --- all of them ----------------------------------------------------------------------
 
 KINDS: dict[str, tuple[list[str], Callable[[str, Path], dict[str, Any]], float]] = {
@@ -223,7 +239,7 @@ KINDS: dict[str, tuple[list[str], Callable[[str, Path], dict[str, Any]], float]]
     "time": (TIME, timing, 0.20),
     "rss": (RSS, rss, 0.10),
     "ranks": (list(RANKS), ranks, 0.05),
-    "seconds": (list(PLANS), plan_seconds, 0.0),
+    "seconds": ([*PLANS, "sweep"], seconds, 0.0),
 }
 KEYS = {"seconds": "plan_seconds"}  # of the report
 
@@ -282,6 +298,12 @@ def section(kind: str, rows: list[dict[str, Any]]) -> str:
         lines += [
             f"| {row['case']} | {row['seconds']:.1f} s | {row['resident_gib']:.2f} GiB | {row['peak_gib']:.1f} GiB |"
             for row in rows
+            if "peak_gib" in row
+        ]
+        lines += [
+            f"| `{' '.join(SWEEP)} --device h100 --sweep`: {row['combinations']} combinations | {row['seconds']:.0f} s | | |"
+            for row in rows
+            if "combinations" in row
         ]
         return "\n".join([*lines, ""])
     target, within = KINDS[kind][2], [abs(row["error"]) for row in rows]
@@ -319,7 +341,7 @@ INTRODUCTION = """# How well plan foresees
 - **time**: seconds of a step on this CPU, calibrated just before, against the fastest of several steps.
 - **rss**: the same peak against the growth of resident memory over the imports.
 - **ranks**: the peak in each process of a run of several.
-- **seconds**: how long `plan` takes.
+- **seconds**: how long `plan` takes, and the whole command of a sweep.
 
 Each section names its machine: they may be of several runs.
 """

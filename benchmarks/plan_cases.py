@@ -99,6 +99,9 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any], str, int]] = {
 }
 
 
+SWEEP = ("recipes/docstrings.yaml", "training.batch_size=32")  # on one h100
+
+
 def recipe_of(case: str, work: Path, **more: Any) -> Recipe:
     """Of a case's name; what it reads is made in ``work``."""
     from tests import small, tiny
