@@ -42,6 +42,13 @@ def test_it_does_not_fit(recipe, capsys):
     assert json.loads(out)["fits"] is False
 
 
+def test_the_recipe_may_say_the_budget(recipe, capsys):
+    code, out, _ = call(capsys, recipe, "memory.budget=1KiB", "--device", "a100-40gb", "--json")
+    assert (code, json.loads(out)["budget"]) == (1, 1024)
+    code, out, _ = call(capsys, recipe, "memory.budget=1KiB", "--device", "a100-40gb", "--budget", "1GiB", "--json")
+    assert (code, json.loads(out)["budget"]) == (0, 2**30)
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

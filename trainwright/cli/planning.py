@@ -20,7 +20,9 @@ def plan(
         typer.Option(help="such as h100, a100-40gb, rtx4090, mi300x, m3max; by default this machine"),
     ] = None,
     count: Annotated[int | None, typer.Option(min=1, help="devices; by default what the section parallel needs")] = None,
-    budget: Annotated[str | None, typer.Option(metavar="SIZE", help="memory of one device, such as 24GiB")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="memory of one device, such as 24GiB; by default memory.budget")
+    ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="try techniques in all combinations; print those that no other beats, and draw them")
     ] = False,
@@ -37,14 +39,14 @@ def plan(
 
     def work() -> Result:
         settings = load_recipe(recipe, overrides)
-        room = _room(budget)
+        room = _room(settings.memory.budget if budget is None else budget)
         from trainwright.plan import command
         from trainwright.recipe import InputError
 
         options = command.Options(device, count, room)
         if choose:
             if room is None:
-                raise InputError("--choose needs --budget SIZE, such as --budget 3GiB")
+                raise InputError("--choose needs --budget SIZE, such as --budget 3GiB, or the key memory.budget")
             from trainwright.plan.budget import choose as chosen_of
 
             return chosen_of(settings, room, options, _tell).as_json()
@@ -77,7 +79,7 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _room(budget: str | None) -> int | None:
+def _room(budget: str | int | None) -> int | None:
     from trainwright.recipe import InputError
     from trainwright.recipe.sizes import bytes_of
 
