@@ -209,6 +209,19 @@ def test_intermediate_work_is_done_again_for_each_product_that_needs_it():
     assert "pow_1" not in {node.name for node in laid_out._written}
 
 
+def test_what_replaces_an_input_takes_no_memory_of_its_own():
+    """As the softmax that is written into its logits."""
+
+    def function(x):
+        y = (x - 1).exp()
+        sums = y.sum(-1)
+        x.copy_(y)
+        return sums
+
+    laid_out = Kernels(make_fx(function)(torch.randn(8, 8)), Compiler())
+    assert {node.name for node in laid_out._written} == {"sum_1", "copy_"}
+
+
 def test_a_sum_of_products_is_one_product():
     def function(a, b, c):
         return a @ b + a @ c, a @ b + 1

@@ -76,7 +76,7 @@ class Kernels:
             node
             for node in self._nodes
             if node.op == "call_function"
-            and (_is_heavy(node) or _is_reduction(node) or any(_needs(user) for user in _users(node)))
+            and (_is_heavy(node) or _is_reduction(node) or _changes_input(node) or any(_needs(user) for user in _users(node)))
         }
 
     def _read(self) -> dict[fx.Node, set[fx.Node]]:
@@ -293,6 +293,11 @@ def _is_heavy(node: fx.Node) -> bool:
 
 def _is_reduction(node: fx.Node) -> bool:
     return _name(node) in ("sum", "mean", "amax", "amin", "var_mean", "var", "argmax", "native_layer_norm")
+
+
+def _changes_input(node: fx.Node) -> bool:
+    """Whether joined work is written into what the graph was given."""
+    return node.target is torch.ops.aten.copy_.default
 
 
 def _needs(user: fx.Node) -> bool:

@@ -34,7 +34,7 @@ class Traced:
 
     def __init__(self, function: Callable[..., Any], like: tuple[Any, ...], decompositions: Any) -> None:
         flat = tree_leaves(like)
-        config = AOTConfig(None, None, None, decompositions, 0, 0, False)
+        config = AOTConfig(None, None, None, decompositions, 0, 0, keep_inference_input_mutations=True)
         flattened, self._outputs = create_tree_flattened_fn(function, like, {})
         self._fake, shapes = construct_fake_mode(flat, config)
         fake, paths = process_inputs(flat, config, self._fake, shapes)
