@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.child import result_of
+
 CASES = {"dense": ["best", "usual"], "ragged": ["best", "usual"], "full": ["best", "master"]}
 # Length grouping sorts each 400 examples, longest first: 50 counted steps of 8 see a whole cycle, fewer only the long ones.
 RAGGED_STEPS = 50
@@ -57,11 +59,7 @@ def run(module: str, case: str, arguments: list[str], data: Path, options: argpa
     """One process to its end; its JSON."""
     count = max(options.steps, options.warmup + RAGGED_STEPS) if case == "ragged" else options.steps
     steps = ["--steps", str(count), "--warmup", str(options.warmup)]
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--case", case, *steps, "--data", str(data), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    result = result_of(module, "--case", case, *steps, "--data", str(data), *arguments)
     rate = result[RATE[case]]
     print(f"{module} {case} {' '.join(arguments[:2])}: {rate:,.1f} {RATE[case]}, "
           f"{result['memory_growth_bytes'] / 2**30:.2f} GiB", file=sys.stderr)  # fmt: skip

@@ -20,7 +20,6 @@ import argparse
 import gzip
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.child import result_of
 from benchmarks.finetune import machine_figures
 
 Found = dict[str, dict[str, Any]]  # what each variant answered in one round
@@ -97,11 +97,7 @@ def run(module: str, case: str, arguments: list[str], options: argparse.Namespac
     """One process to its end; its JSON."""
     steps, warmup = plan(case, options)
     shared = ["--case", case, "--steps", str(steps), "--warmup", str(warmup), "--work", str(options.work)]
-    command = [sys.executable, "-m", f"benchmarks.{module}", *shared, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    result = result_of(module, *shared, *arguments)
     print(f"{module} {case} {' '.join(arguments)}: {1e3 * result['mean_step_seconds']:,.2f} ms a step, "
           f"{result['memory_growth_bytes'] / 2**30:.2f} GiB", file=sys.stderr)  # fmt: skip
     return result

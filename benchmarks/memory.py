@@ -24,7 +24,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import memory_accuracy, memory_stream
+from benchmarks.child import result_of
 from benchmarks.machine import FAST
 from benchmarks.memory_stream import bytes_of
 
@@ -167,11 +167,7 @@ def run(mode: str, options: argparse.Namespace) -> dict[str, float]:
     """One process to its end."""
     steps = ["--steps", str(options.steps), "--warmup", str(options.warmup)]
     folder = ["--folder", options.folder] if options.folder else []
-    command = [sys.executable, "-m", "benchmarks.memory", "--one", mode, *steps, *folder, "--work", str(options.work)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    result = result_of("memory", "--one", mode, *steps, *folder, "--work", str(options.work))
     print(f"{mode}: {result['seconds']:.2f} s, held {result['held'] / 2**20:.0f} MiB, "
           f"activations {result['activations'] / 2**20:.0f} MiB", file=sys.stderr)  # fmt: skip
     return result
@@ -239,7 +235,7 @@ def budgets(options: argparse.Namespace) -> dict[str, Any]:
     for name, (case, keys) in SETTINGS.items():
         if not options.settings or name in options.settings.split(";"):
             steps = ["--steps", str(options.steps), "--warmup", str(options.warmup), "--work", str(options.work)]
-            result = child(["--measure", name, *steps])
+            result = result_of("memory", "--measure", name, *steps)
             plain = found.setdefault(case, {}).setdefault("plain tokens/s", result["tokens_per_second"])
             result |= {"speed": result["tokens_per_second"] / plain, "fits": result["peak_mib"] <= BUDGETS[case], "keys": keys}
             found[case][name] = result
@@ -254,15 +250,6 @@ def _publish(work: Path) -> None:
     if not (target / FILE).exists():
         shutil.copytree(work / "base", target, ignore=shutil.ignore_patterns(FILE), dirs_exist_ok=True)
         save_file({name: tensor.bfloat16() for name, tensor in load_file(source).items()}, target / FILE, {"format": "pt"})
-
-
-def child(arguments: list[str]) -> dict[str, Any]:
-    """One process to its end; its JSON."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
 
 
 def stream(options: argparse.Namespace) -> dict[str, Any]:

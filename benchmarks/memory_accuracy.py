@@ -13,12 +13,13 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from benchmarks.child import result_of
 
 SHORTER = {"evaluation.samples": 0, "data.limit": 1000, "data.sequence_length": 256}
 BASE = Path(tempfile.gettempdir(), "trainwright-bench", "base")  # the model's weights as safetensors, in float32
@@ -55,11 +56,7 @@ def case(ways: list[str] | None = None, steps: int = 40) -> dict[str, Any]:
     prepare_base(BASE)
     found: dict[str, Any] = {}
     for way in ways or list(WAYS):
-        command = [sys.executable, "-m", "benchmarks.memory_accuracy", "--measure", way, "--steps", str(steps)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-        found[way] = json.loads(done.stdout.strip().splitlines()[-1])
+        found[way] = result_of("memory_accuracy", "--measure", way, "--steps", str(steps))
         print(f"{way}: {found[way]}", file=sys.stderr)
     plain = found.get("fp32", {"loss": math.nan})["loss"]
     return {way: {**result, "more": result["loss"] - plain} for way, result in found.items()}

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.child import result_of
 
 LLAMA_1B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048,
@@ -90,11 +90,8 @@ def case(*, frozen: str = "stream", steps: int = 2, length: int = 128) -> dict[s
     """The measurement in a process of its own, on a model that is written for it."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model")
-        command = [sys.executable, "-m", "benchmarks.memory_stream", "--folder", folder, "--frozen", frozen]
-        command += ["--steps", str(steps), "--length", str(length)]
-        found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    result: dict[str, Any] = json.loads(found)
-    return result
+        options = ["--steps", str(steps), "--length", str(length)]
+        return result_of("memory_stream", "--folder", folder, "--frozen", frozen, *options)
 
 
 def main() -> None:

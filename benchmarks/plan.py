@@ -20,7 +20,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,13 +28,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.machine import FAST
-from benchmarks.plan_cases import BF16, MEMORY, PLANS, RANKS, RSS, SWEEP, TIME, recipe_of
+from benchmarks.child import result_of
+from benchmarks.plan_cases import CASES, PLANS, RANKS, SWEEP, left_out, recipe_of
+from benchmarks.plan_page import write_page
 from trainwright.memory import heap
 from trainwright.recipe import Recipe
 
@@ -234,30 +233,21 @@ def seconds(case: str, work: Path) -> dict[str, float]:
 
 # --- all of them ----------------------------------------------------------------------
 
-KINDS: dict[str, tuple[list[str], Callable[[str, Path], dict[str, Any]], float]] = {
-    "memory": (MEMORY, memory, 0.03),
-    "time": (TIME, timing, 0.20),
-    "rss": (RSS, rss, 0.10),
-    "ranks": (list(RANKS), ranks, 0.05),
-    "seconds": ([*PLANS, "sweep"], seconds, 0.0),
-}
+KINDS: dict[str, Callable[[str, Path], dict[str, Any]]] = {
+    "memory": memory, "time": timing, "rss": rss, "ranks": ranks, "seconds": seconds
+}  # fmt: skip
 KEYS = {"seconds": "plan_seconds"}  # of the report
 
 
 def run(kind: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
     """One process to its end."""
-    command = [sys.executable, "-m", "benchmarks.plan", "--one", kind, case, "--work", str(options.work)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    return result_of("plan", "--one", kind, case, "--work", str(options.work))
 
 
 def rows_of(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All cases of a kind, each with its error; of ranks a row for each."""
     rows: list[dict[str, Any]] = []
-    for case in KINDS[kind][0]:
+    for case in CASES[kind]:
         if (options.only and options.only not in case) or left_out(case):
             continue
         found = run(kind, case, options)
@@ -276,77 +266,6 @@ def rows_of(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def left_out(case: str) -> bool:
-    """Where the processor has no instructions for bfloat16, a step in it takes minutes."""
-    return case in BF16 and torch.bfloat16 != FAST
-
-
-def here() -> str:
-    """What the figures hold for."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def section(kind: str, rows: list[dict[str, Any]]) -> str:
-    """Of the page: a table with its summary."""
-    lines = [f"## {kind}", "", f"{here()}.", ""]
-    if missing := [case for case in KINDS[kind][0] if left_out(case)]:
-        lines += [f"No instructions for bfloat16, so without {'; '.join(missing)}.", ""]
-    if kind == "seconds":
-        lines += ["| run | plan takes | resident at most | predicted peak of a device |", "|---|---|---|---|"]
-        lines += [
-            f"| {row['case']} | {row['seconds']:.1f} s | {row['resident_gib']:.2f} GiB | {row['peak_gib']:.1f} GiB |"
-            for row in rows
-            if "peak_gib" in row
-        ]
-        lines += [
-            f"| `{' '.join(SWEEP)} --device h100 --sweep`: {row['combinations']} combinations | {row['seconds']:.0f} s | | |"
-            for row in rows
-            if "combinations" in row
-        ]
-        return "\n".join([*lines, ""])
-    target, within = KINDS[kind][2], [abs(row["error"]) for row in rows]
-    shown = _seconds if kind == "time" else _mib
-    met = sum(error <= target for error in within)
-    lines += [f"{met} of {len(rows)} cases within {target:.0%}; the largest error is {max(within):.1%}.", ""]
-    lines += ["| case | predicted | measured | error |", "|---|---|---|---|"]
-    lines += [f"| {row['case']} | {shown(row['predicted'])} | {shown(row['measured'])} | {row['error']:+.1%} |" for row in rows]
-    return "\n".join([*lines, ""])
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:.1f} MiB"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def write_page(path: Path, report: dict[str, list[dict[str, Any]]]) -> None:
-    """Measured sections anew, the others as they are."""
-    old = path.read_text() if path.exists() else ""
-    kept = {part.partition("\n")[0]: f"## {part}" for part in old.split("\n## ")[1:]}
-    fresh = {kind: section(kind, rows) for kind, rows in report.items()}
-    parts = [(fresh.get(kind) or kept[kind]).strip() + "\n" for kind in KINDS if kind in fresh or kind in kept]
-    path.write_text("\n".join([INTRODUCTION, *parts]))
-
-
-INTRODUCTION = """# How well plan foresees
-
-`trainwright plan` beside the runs themselves: `python -m benchmarks.plan` makes this page. *error* is predicted / measured - 1.
-
-- **memory**: the peak of live tensors in a step, against every allocation that PyTorch's profiler sees in the second step of
-  the real run. "decoder" is one of 4 layers and width 256, 8 rows of 256 tokens; pictures have 64 x 64 pixels.
-- **time**: seconds of a step on this CPU, calibrated just before, against the fastest of several steps.
-- **rss**: the same peak against the growth of resident memory over the imports.
-- **ranks**: the peak in each process of a run of several.
-- **seconds**: how long `plan` takes, and the whole command of a sweep.
-
-Each section names its machine: they may be of several runs.
-"""
-
-
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -362,7 +281,7 @@ def main() -> None:
     options = parse_options()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.one:
-        print(json.dumps(KINDS[options.one[0]][1](options.one[1], options.work)))
+        print(json.dumps(KINDS[options.one[0]](options.one[1], options.work)))
         return
     report = {kind: rows_of(kind, options) for kind in options.cases.split(",")}
     if not options.only:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.machine import FAST
 from trainwright.recipe import Recipe
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "max_position_embeddings": 512}
@@ -100,6 +103,12 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any], str, int]] = {
 
 
 SWEEP = ("recipes/docstrings.yaml", "training.batch_size=32")  # on one h100
+CASES = {"memory": MEMORY, "time": TIME, "rss": RSS, "ranks": list(RANKS), "seconds": [*PLANS, "sweep"]}
+
+
+def left_out(case: str) -> bool:
+    """Where the processor has no instructions for bfloat16, a step in it takes minutes."""
+    return case in BF16 and torch.bfloat16 != FAST
 
 
 def recipe_of(case: str, work: Path, **more: Any) -> Recipe:

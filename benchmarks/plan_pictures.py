@@ -103,7 +103,7 @@ def main() -> None:
     if options.measure:
         measure(options.measure)
         return
-    from benchmarks.plan import here
+    from benchmarks.plan_page import here
 
     head = f"# Trade-offs of recipes\n\nBy `python -m benchmarks.plan_pictures`, {here()}. Crosses are measured.\n"
     fresh = {Path(file).stem: section(file, options.points) for file in options.recipes}
