@@ -34,8 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.child import result_of
 from benchmarks.plan_cases import CASES, PLANS, RANKS, SWEEP, left_out, recipe_of
-from benchmarks.plan_page import write_page
+from benchmarks.plan_page import write_page, write_validation
 from trainwright.memory import heap
+from trainwright.plan import validation
 from trainwright.recipe import Recipe
 
 PAGE = Path("docs/plan-accuracy.md")
@@ -286,6 +287,7 @@ def main() -> None:
     report = {kind: rows_of(kind, options) for kind in options.cases.split(",")}
     if not options.only:
         write_page(options.page, report)
+        write_validation(validation.FILE, report)
     if options.json:
         print(json.dumps({KEYS.get(kind, kind): rows for kind, rows in report.items()}, indent=2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from pathlib import Path
@@ -52,13 +53,27 @@ def section(kind: str, rows: list[dict[str, Any]]) -> str:
             if "combinations" in row
         ]
         return "\n".join([*lines, ""])
-    target, within = TARGETS[kind], [abs(row["error"]) for row in rows]
+    found = summary(kind, rows)
     shown = _seconds if kind == "time" else _mib
-    met = sum(error <= target for error in within)
-    lines += [f"{met} of {len(rows)} cases within {target:.0%}; the largest error is {max(within):.1%}.", ""]
+    within = f"{found['within']} of {found['cases']} cases within {found['target']:.0%}"
+    lines += [f"{within}; the largest error is {found['largest']:.1%}.", ""]
     lines += ["| case | predicted | measured | error |", "|---|---|---|---|"]
     lines += [f"| {row['case']} | {shown(row['predicted'])} | {shown(row['measured'])} | {row['error']:+.1%} |" for row in rows]
     return "\n".join([*lines, ""])
+
+
+def summary(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``plan`` says of its own errors."""
+    errors, target = [abs(row["error"]) for row in rows], TARGETS[kind]
+    met = sum(error <= target for error in errors)
+    return {"cases": len(rows), "within": met, "target": target, "largest": max(errors), "machine": here()}
+
+
+def write_validation(path: Path, report: dict[str, list[dict[str, Any]]]) -> None:
+    """The summaries of what was measured; the others stay."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    fresh = {kind: summary(kind, rows) for kind, rows in report.items() if kind in TARGETS}
+    path.write_text(json.dumps(old | fresh, indent=1) + "\n")
 
 
 def _mib(size: float) -> str:

@@ -34,6 +34,7 @@ def test_the_document(recipe, capsys):
     assert found["flops"] >= 6 * 32 * (64 * 64 + 64 * 10) - 2 * 32 * 64 * 64, "the first layer's input has no gradient"
     assert found["messages"] == []
     assert found["unknown"] == {}
+    assert found["validated"]
 
 
 def test_it_does_not_fit(recipe, capsys):

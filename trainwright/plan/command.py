@@ -12,7 +12,7 @@ import torch
 from trainwright import build, language
 from trainwright.parallel import pipeline
 from trainwright.parallel.mesh import axis_sizes
-from trainwright.plan import devices, idle
+from trainwright.plan import devices, idle, validation
 from trainwright.plan.compiling import Compiler
 from trainwright.plan.devices import Device
 from trainwright.plan.once import prepared_once
@@ -104,6 +104,7 @@ def put_together(
         notes,
         {name: round(calls) for name, calls in largest.counts.unknown.items()},
         idle.options(recipe, largest, on_cpu=device.curves is not None),
+        validation.sentences(on_cpu=device.curves is not None, several=count > 1),
     )
     rate = largest.units * copies / timing.seconds
     budget = asked.budget or device.memory

@@ -36,6 +36,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)  # operators whose cost isn't known, and their calls
     idle: list[str] = field(default_factory=list)  # options of the recipe that have no effect in this combination
+    validated: list[str] = field(default_factory=list)  # how far earlier plans were from runs
 
     def as_json(self) -> dict[str, Any]:
         """Plain values. Works and messages are summed up; the memory's timeline is whole."""
@@ -50,4 +51,5 @@ class Plan:
             "notes": self.notes,
             "unknown": self.unknown,
             "idle": self.idle,
+            "validated": self.validated,
         }

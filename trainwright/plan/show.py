@@ -35,6 +35,7 @@ def show(plan: Plan, budget: int | None = None, console: Console | None = None) 
     _say(out, "without effect here", plan.idle)
     _say(out, "operators whose cost isn't known", [f"{name} ({calls:,} calls)" for name, calls in plan.unknown.items()])
     _say(out, "note", plan.notes)
+    _say(out, "last validation", plan.validated)
 
 
 def show_planned(planned: Planned, console: Console | None = None) -> None:
