@@ -1,6 +1,7 @@
 """Measuring the CPU, briefly, and keeping what was measured."""
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -66,8 +67,7 @@ def test_products_that_would_take_long_are_as_fast_as_smaller_ones(monkeypatch):
         return 3 * 2 * m * n * k / (2048 if k == 1 else 1024)
 
     monkeypatch.setattr(calibrate, "_product", seconds)
-    monkeypatch.setattr(calibrate, "LONG", 1.0)
-    found = calibrate._products(torch.bfloat16, [1, 8, 64])
+    found = calibrate._products(torch.bfloat16, [1, 8, 64], 1.0)
     assert asked == [
         (1, 1, 1),
         (1, 1, 8),
@@ -88,7 +88,6 @@ def test_products_that_would_take_long_are_as_fast_as_smaller_ones(monkeypatch):
 def test_rates_are_work_over_time(monkeypatch):
     monkeypatch.setattr(calibrate, "_seconds", lambda call, most=0: (call(0), 2.0)[1])
     monkeypatch.setattr(calibrate, "SIZES", {"float32": [16, 32]})
-    monkeypatch.setattr(calibrate, "LONG", 1000.0)
     monkeypatch.setattr(calibrate, "BYTES", [2**12])
     monkeypatch.setattr(calibrate, "LENGTHS", [16])
     monkeypatch.setattr(calibrate, "CONVOLUTIONS", ((4, 8),))
@@ -120,9 +119,36 @@ def test_of_two_rounds_the_faster_figure_counts():
 def test_slow_convolutions_are_not_measured_at_each_size(monkeypatch):
     monkeypatch.setattr(calibrate, "_both", lambda call, inputs: pytest.fail("measured"))
     points = {"forward": [(1.0, 10.0)], "backward": [(1.0, 5.0)]}
-    assert calibrate._as_before(points, 40.0) == (4.0, 16.0)
-    assert calibrate._as_before(points, 1.0) is None
-    assert calibrate._as_before({"forward": [], "backward": []}, 40.0) is None
+    assert calibrate._as_before(points, 40.0, 80.0, 15.0) == (4.0, 16.0)
+    assert calibrate._as_before(points, 40.0, 80.0, 16.0) is None
+    assert calibrate._as_before({"forward": [], "backward": []}, 40.0, 80.0, 0.0) is None
+
+
+def test_a_dtype_without_instructions_is_measured_briefly(monkeypatch):
+    """It has a limit for each call, no second round and no whole step."""
+    rounds = []
+    once = calibrate._once
+    monkeypatch.setattr(calibrate, "_product", lambda dtype, *_: 5.0 if dtype is torch.bfloat16 else 1.0)
+    monkeypatch.setattr(calibrate, "_once", lambda longest: rounds.append(longest) or once(longest))
+    found = calibrate.measure()
+    assert rounds == [
+        {"float32": math.inf, "bfloat16": calibrate.BRIEF, "float16": math.inf}, {"float32": math.inf, "float16": math.inf}
+    ]  # fmt: skip
+    assert found.together.keys() == {"float32"}
+
+
+def test_tensors_of_one_use_share_memory():
+    """What is taken in turn doesn't overlap, starts at whole cache lines, and no new pages are asked for the next time."""
+    left = calibrate._copies("left", (3, 5), torch.bfloat16, 30, 100)
+    assert [copy.shape for copy in left] == [(3, 5)] * 3
+    starts = [copy.data_ptr() for copy in left]
+    assert {later - earlier for earlier, later in itertools.pairwise(starts)} == {64}
+    assert not any((start - starts[0]) % 64 for start in starts)
+    assert calibrate._copies("left", (7,), torch.float32, 28, 28)[0].data_ptr() == starts[0]
+    assert calibrate._copies("out", (7,), torch.float32, 28, 28)[0].data_ptr() != starts[0]
+    assert torch.isfinite(torch.stack(left)).all()
+    calibrate.measure()
+    assert calibrate._kept == {}, "given back in the end"
 
 
 def test_a_whole_step_is_held_against_its_operators(monkeypatch, measured):
@@ -162,17 +188,21 @@ def test_bytes_that_an_element_moves(monkeypatch):
 
 def test_the_quick_calls_count(monkeypatch):
     monkeypatch.setattr(calibrate, "PATIENCE", 0.04)
+    monkeypatch.setattr(calibrate, "LASTING", 1.0)
     waits = iter([0.03, 0.02, 0.0, *[0.02] * 9])
     assert calibrate._seconds(lambda _: time.sleep(next(waits))) < 0.01
     turns = []
     monkeypatch.setattr(calibrate, "PATIENCE", 0.0)
     calibrate._seconds(turns.append)
-    assert turns == [0, 1], "what takes long is measured once, after a first time that doesn't count"
+    assert turns == [0, 1], "what takes some time is measured once, after a first time that doesn't count"
+    monkeypatch.setattr(calibrate, "LASTING", 0.0)
+    calibrate._seconds(turns.append)
+    assert turns == [0, 1, 0], "what takes long, at its first time"
 
 
 def test_our_kernel_is_measured_where_it_is_loaded():
     cpu_attention = pytest.importorskip("trainwright.models.cpu_attention")
-    found = dict(calibrate._packed())
+    found = dict(calibrate._packed({"float32": math.inf, "bfloat16": math.inf}))
     assert set(found) == (
         {f"packed.{way}.{dtype}" for way in WAYS for dtype in ("float32", "bfloat16")} if cpu_attention.available() else set()
     )
@@ -186,7 +216,7 @@ def test_the_second_time_it_is_read(monkeypatch, tmp_path):
     assert first.curves == find("cpu").curves
     assert first.name == "cpu"
     assert first.flops["float32"] == max(r for plane in first.curves.products["float32"][1] for line in plane for r in line)
-    (kept,) = (tmp_path / "trainwright").iterdir()
+    (kept,) = (tmp_path / "trainwright").glob("cpu_speed-*")
     assert json.loads(kept.read_text())["overhead"] == first.curves.overhead
 
 

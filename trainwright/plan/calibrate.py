@@ -9,11 +9,12 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ logger = logging.getLogger(__name__)
 SIZES = {"float32": [16, 128, 512, 1536], "bfloat16": [16, 128, 512, 1536], "float16": [32, 256]}
 DTYPES = ("float32", "bfloat16")  # of all that isn't a product
 BYTES = [2**16, 2**20, 2**23, 2**26]  # in the inner caches, the outer ones, and out of them
+PROBE = (128, 128, 128)
 LENGTHS = [128, 512, 1536]
-CONVOLUTIONS = ((512, 2), (512, 4), (256, 8), (64, 32), (128, 32))  # channels and pixels along a side
+CONVOLUTIONS = ((64, 32), (512, 2), (512, 4), (256, 8), (128, 32))  # channels and pixels along a side
 HEADS, HEAD_SIZE = 8, 64
 CHAIN = 50
-ROUNDS = 2  # over all sizes, some seconds apart: another's work, which only ever adds time, seldom lasts
-PATIENCE = 0.01  # seconds for one size in a round
-LONG = 0.2  # seconds: as bfloat16 takes where the processor has no instructions for it
-SLOW = 4  # times as long as in float32: then one round is enough, and no whole step is measured
+PATIENCE = 0.003  # seconds for one size in a round
+LASTING = 0.02  # seconds: what comes only with a first call, of a millisecond or so, is lost in these
+SLOW = 4  # times as long as in float32: bfloat16 where the processor has no instructions for it
+BRIEF = 0.02  # seconds: what takes longer in such a dtype isn't measured but taken to be as fast as a smaller one
+ALIGNED = 32  # numbers between which a tensor starts: 64 bytes and more
 COLD = 2**24  # bytes of a product's operands that are gone through in turn
 COLDER = 2**26  # the same of elementwise work, which waits for memory
 # gloo over loopback, for want of a measurement with several processes.
@@ -46,7 +49,7 @@ LOOPBACK, LOOPBACK_LATENCY = 1.5e9, 60e-6
 def cpu() -> Device:
     """This machine's CPU with the threads that torch has now, from the cache.
 
-    If it isn't there, it is measured: in some ten seconds, up to thirty where bfloat16 is slow.
+    If it isn't there, it is measured, in some five seconds.
     """
     return _device(_read(_file()) or _keep(_file(), measure()))
 
@@ -66,22 +69,24 @@ def measure() -> Curves:
     """Rates over sizes of products, convolutions, attention and elementwise work, the overhead of a call, and all together."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        curves = _once(list(SIZES))
-        best = _device(curves).flops
-        quick = [name for name in SIZES if best[name] > best["float32"] / SLOW]
-        curves = functools.reduce(_faster, (_once(quick) for _ in range(ROUNDS - 1)), curves)
+        seconds = {name: _product(getattr(torch, name), *PROBE) for name in SIZES}
+        quick = [name for name in SIZES if seconds[name] < seconds["float32"] * SLOW]
+        first = _once({name: math.inf if name in quick else BRIEF for name in SIZES})
+        curves = _faster(first, _once(dict.fromkeys(quick, math.inf)))
+        _kept.clear()
         together = {name: composed.longer(getattr(torch, name), _device(curves)) for name in DTYPES if name in quick}
         return dataclasses.replace(curves, together=together)
 
 
-def _once(dtypes: Sequence[str]) -> Curves:
-    products = {name: (sizes, _products(getattr(torch, name), sizes)) for name, sizes in SIZES.items() if name in dtypes}
-    rates = dict([*_elementwise(), *_pools(), *_convolutions(dtypes), *_attention(dtypes), *_packed(dtypes)])
+def _once(longest: Mapping[str, float]) -> Curves:
+    """Of the dtypes in ``longest``; a call that would take more than its seconds there isn't measured."""
+    products = {name: (SIZES[name], _products(getattr(torch, name), SIZES[name], most)) for name, most in longest.items()}
+    rates = dict([*_elementwise(), *_pools(), *_convolutions(longest), *_attention(longest), *_packed(longest)])
     return Curves(products, rates, _overhead())
 
 
 def _faster(one: Curves, other: Curves) -> Curves:
-    """The better of each figure; the other one may lack some."""
+    """The better of each figure, measured some seconds apart: another's work seldom lasts. The other one may lack some."""
     products = {
         name: (sizes, _larger(found, other.products.get(name, (0, found))[1])) for name, (sizes, found) in one.products.items()
     }
@@ -95,11 +100,14 @@ def _larger(one: Any, other: Any) -> Any:
 
 
 def _seconds(call: Callable[[int], object], most: int = 40) -> float:
-    """The lower quartile of some calls after one to warm up; ``call`` gets their numbers.
+    """The lower quartile of some calls after one to warm up, or of a long one that itself; ``call`` gets their numbers.
 
     Others' work only ever adds time, and with several threads a call may wait a whole time slice for one of them.
     """
-    least = 3 if _timed(call, 0) < PATIENCE else 1
+    first = _timed(call, 0)
+    if first > LASTING:
+        return first
+    least = 3 if first < PATIENCE else 1
     found: list[float] = []
     ends = time.perf_counter() + PATIENCE
     while len(found) < most and (len(found) < least or time.perf_counter() < ends):
@@ -113,18 +121,35 @@ def _timed(call: Callable[[int], object], turn: int) -> float:
     return time.perf_counter() - started
 
 
-def _copies(shape: tuple[int, ...], dtype: torch.dtype, bytes_of_all: int, cold: int) -> list[Tensor]:
-    """Several tensors to take in turn: what a step works on was last touched long ago, and isn't in the innermost cache."""
-    return [torch.full(shape, 0.5, dtype=dtype) for _ in range(max(1, min(64, cold // bytes_of_all)))]
+def _copies(use: str, shape: tuple[int, ...], dtype: torch.dtype, bytes_of_all: int, cold: int) -> list[Tensor]:
+    """Several tensors to take in turn: what a step works on was last touched long ago, and isn't in the innermost cache.
+
+    Those of one ``use`` share their memory from call to call: to get new pages would take longer than what is measured.
+    """
+    size = math.prod(shape)
+    apart = -(-size // ALIGNED) * ALIGNED
+    copies = max(1, min(64, cold // bytes_of_all))
+    flat = _memory(use, (copies * apart * dtype.itemsize + 3) // 4).view(dtype)
+    return [flat[turn * apart :][:size].view(shape) for turn in range(copies)]
 
 
-def _products(dtype: torch.dtype, sizes: list[int]) -> list[list[list[float]]]:
+_kept: dict[str, Tensor] = {}
+
+
+def _memory(use: str, count: int) -> Tensor:
+    """At least ``count`` numbers 0.5 of 4 bytes (in 2 bytes: small numbers and 0), which only results overwrite."""
+    if use not in _kept or len(_kept[use]) < count:
+        _kept[use] = torch.full((max(count, COLDER // 4),), 0.5)
+    return _kept[use]
+
+
+def _products(dtype: torch.dtype, sizes: list[int], longest: float) -> list[list[list[float]]]:
     """By the places of m, n and k in ``sizes``; a product that would take long is as fast as the smaller ones before it."""
     found: dict[tuple[int, int, int], float] = {}
     for m, n, k in itertools.product(range(len(sizes)), repeat=3):
         before = [found[smaller] for smaller in ((m - 1, n, k), (m, n - 1, k), (m, n, k - 1)) if smaller in found]
         flops = 3 * 2 * sizes[m] * sizes[n] * sizes[k]
-        slow = before and flops / max(before) > LONG
+        slow = before and flops / max(before) > longest
         found[m, n, k] = max(before) if slow else flops / _product(dtype, sizes[m], sizes[n], sizes[k])
     return [[[found[m, n, k] for k in range(len(sizes))] for n in range(len(sizes))] for m in range(len(sizes))]
 
@@ -135,7 +160,7 @@ def _product(dtype: torch.dtype, m: int, n: int, k: int) -> float:
     Forward: the right one is a transposed weight; gradient of the input: neither is; of the weight: the left one is.
     """
     size = dtype.itemsize * (m * k + n * k + m * n)
-    left, right = _copies((m, k), dtype, size, COLD), _copies((k, n), dtype, size, COLD)
+    left, right = _copies("left", (m, k), dtype, size, COLD), _copies("right", (k, n), dtype, size, COLD)
     out = torch.empty(m, n, dtype=dtype)
 
     def three(turn: int) -> None:
@@ -159,7 +184,7 @@ def _elementwise() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
 
 
 def _bandwidth(kind: str, dtype: torch.dtype, to: torch.dtype, count: int, moved: int) -> float:
-    ones, outs = (_copies((count,), one, count * moved, COLDER) for one in (dtype, to))
+    ones, outs = (_copies(use, (count,), one, count * moved, COLDER) for use, one in (("left", dtype), ("out", to)))
 
     def call(turn: int) -> None:
         one, other, out = ones[turn % len(ones)], ones[(turn + 1) % len(ones)], outs[turn % len(outs)]
@@ -183,9 +208,9 @@ def _pools() -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
         yield f"pool.{str(dtype).removeprefix('torch.')}", (moved, rates)
 
 
-def _convolutions(dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+def _convolutions(longest: Mapping[str, float]) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
     """3 x 3, channels x channels, forward and backward, in FLOP/s over the FLOP for each byte of a call."""
-    for dtype in (getattr(torch, name) for name in DTYPES if name in dtypes):
+    for dtype, most in _measured(longest):
         points: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
         for channels, side in CONVOLUTIONS:
             image = torch.randn(8, channels, side, side).to(dtype).requires_grad_()
@@ -193,7 +218,7 @@ def _convolutions(dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, tuple[l
             flops = 2.0 * 8 * channels**2 * 9 * side**2
             moved = dtype.itemsize * (2 * image.numel() + weight.numel())
             call = functools.partial(torch.conv2d, image, weight, padding=1)
-            forward, backward = _as_before(points, flops) or _both(call, (image, weight))
+            forward, backward = _as_before(points, flops, 2 * flops, most) or _both(call, (image, weight))
             points["forward"].append((flops / moved, flops / forward))
             points["backward"].append(
                 (2 * flops / (moved + dtype.itemsize * (image.numel() + weight.numel())), 2 * flops / backward)
@@ -201,38 +226,48 @@ def _convolutions(dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, tuple[l
         yield from _named("convolution", dtype, points)
 
 
-def _as_before(points: dict[str, list[tuple[float, float]]], flops: float) -> tuple[float, float] | None:
-    """Seconds forward and backward at the rates of the size before, where these are so low that measuring takes long."""
-    if not points["forward"] or flops / points["forward"][-1][1] < LONG:
+def _measured(longest: Mapping[str, float]) -> list[tuple[torch.dtype, float]]:
+    """Those of ``DTYPES``."""
+    return [(getattr(torch, name), longest[name]) for name in DTYPES if name in longest]
+
+
+def _as_before(
+    points: dict[str, list[tuple[float, float]]], forward: float, backward: float, longest: float
+) -> tuple[float, float] | None:
+    """Seconds of so many FLOP at the rates of the size before, where these are so low that it would take longer."""
+    if not points["forward"]:
         return None
-    return flops / points["forward"][-1][1], 2 * flops / points["backward"][-1][1]
+    seconds = forward / points["forward"][-1][1], backward / points["backward"][-1][1]
+    return seconds if max(seconds) > longest else None
 
 
-def _attention(dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+def _attention(longest: Mapping[str, float]) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
     """PyTorch's causal attention; 4 FLOP forward and 10 backward a head, dimension and pair that is attended to."""
-    for dtype in (getattr(torch, name) for name in DTYPES if name in dtypes):
+    for dtype, most in _measured(longest):
         points: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
         for length in LENGTHS:
             shape = (1, HEADS, length, HEAD_SIZE)
             q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
             call = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
-            _add(points, length, *_both(call, (q, k, v)))
+            flops = 4 * _pairs(length)
+            _add(points, length, *(_as_before(points, flops, 2.5 * flops, most) or _both(call, (q, k, v))))
         yield from _named("attention", dtype, points)
 
 
-def _packed(dtypes: Sequence[str] = DTYPES) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+def _packed(longest: Mapping[str, float]) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
     """The same by ``trainwright.packed_attention``, where something has loaded it."""
     if not hasattr(torch.ops.trainwright, "packed_attention"):
         return
-    for dtype in (getattr(torch, name) for name in DTYPES if name in dtypes):
+    for dtype, most in _measured(longest):
         points: dict[str, list[tuple[float, float]]] = {"forward": [], "backward": []}
         for length in LENGTHS:
             q = torch.randn(1, HEADS // 2, length, 2, HEAD_SIZE).to(dtype).requires_grad_()
             k, v = (torch.randn(1, HEADS // 2, length, HEAD_SIZE).to(dtype).requires_grad_() for _ in range(2))
             documents = torch.tensor([0, length], dtype=torch.int32)
+            flops = 4 * _pairs(length)
             try:
                 call = functools.partial(_packed_call, q, k, v, documents)
-                _add(points, length, *_both(call, (q, k, v)))
+                _add(points, length, *(_as_before(points, flops, 2.5 * flops, most) or _both(call, (q, k, v))))
             except RuntimeError as error:  # there is no compiler to build it with
                 logger.info("packed attention isn't measured: %s", error)
                 return
@@ -244,17 +279,22 @@ def _packed_call(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
 
 
 def _add(points: dict[str, list[tuple[float, float]]], length: int, forward: float, backward: float) -> None:
-    pairs = HEADS * HEAD_SIZE * length * (length + 1) / 2
+    pairs = _pairs(length)
     points["forward"].append((4 * pairs, 4 * pairs / forward))
     points["backward"].append((10 * pairs, 10 * pairs / backward))
 
 
+def _pairs(length: int) -> float:
+    """That causal attention looks at, times heads and their size."""
+    return HEADS * HEAD_SIZE * length * (length + 1) / 2
+
+
 def _both(call: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> tuple[float, float]:
     """Seconds forward and backward."""
-    out = call()
-    grad = torch.ones_like(out)
-    forward = _seconds(lambda _: call())
-    return forward, _seconds(lambda _: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+    out: list[Tensor] = []
+    forward = _seconds(lambda _: out.__setitem__(slice(None), [call()]))
+    grad = torch.ones_like(out[0])
+    return forward, _seconds(lambda _: torch.autograd.grad(out[0], inputs, grad, retain_graph=True))
 
 
 def _named(

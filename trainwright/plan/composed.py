@@ -16,7 +16,7 @@ from trainwright.plan.devices import Device
 from trainwright.plan.timing import estimate
 
 ROWS, WIDTH, INNER, BLOCKS = 1024, 384, 1024, 3  # some 20 GFLOP
-REPEATS = 9
+REPEATS, PATIENCE = 9, 0.4  # at most, and seconds
 
 
 class _Counting(TorchDispatchMode):
@@ -66,8 +66,8 @@ def _block(stream: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor)
 
 def _seconds(step: Callable[[], None]) -> float:
     """The fastest: others' work only ever adds time."""
-    found = []
-    for _ in range(REPEATS):
+    found: list[float] = []
+    while len(found) < REPEATS and sum(found) < PATIENCE:
         started = time.perf_counter()
         step()
         found.append(time.perf_counter() - started)
