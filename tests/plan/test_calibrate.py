@@ -151,24 +151,33 @@ def test_tensors_of_one_use_share_memory():
     assert calibrate._kept == {}, "given back in the end"
 
 
-def test_a_whole_step_is_held_against_its_operators(monkeypatch, measured):
+def test_a_whole_step_is_held_against_its_operators(measured):
     """Of operators that are calibrated twice as fast a step takes twice as long; a step may take milliseconds."""
-    took = 1.0
-    monkeypatch.setattr(composed, "_seconds", lambda step: took)
+    step = composed.small_step(torch.float32)
+    step()  # the first one also makes the optimizer's states
     device = calibrate._device(dataclasses.replace(measured, together={}, overhead=0.0))
-    factor = composed.longer(torch.float32, device)
+    factor = composed.longer(step, 1.0, device)
     rates = {name: (sizes, [2 * rate for rate in found]) for name, (sizes, found) in measured.rates.items()}
     sizes, planes = measured.products["float32"]
     products = {"float32": (sizes, [[[2 * rate for rate in line] for line in plane] for plane in planes])}
     faster = dataclasses.replace(device, curves=Curves(products, rates, 0.0))
-    assert composed.longer(torch.float32, faster) == pytest.approx(2 * factor)
-    took = 0.001
-    assert composed.longer(torch.float32, device) == pytest.approx(factor / 1000)
+    assert composed.longer(step, 1.0, faster) == pytest.approx(2 * factor)
+    assert composed.longer(step, 0.001, device) == pytest.approx(factor / 1000)
+
+
+def test_the_faster_of_two_turns_counts_for_the_whole_step_too(monkeypatch):
+    """They are some seconds apart, as those of the operators are."""
+    turns = iter([4.0, 4.0, 3.0, 5.0])
+    monkeypatch.setattr(calibrate, "SIZES", {"float32": [16, 64], "bfloat16": [16, 64]})
+    monkeypatch.setattr(calibrate, "_product", lambda *_: 1.0)
+    monkeypatch.setattr(composed, "fastest", lambda step: next(turns))
+    monkeypatch.setattr(composed, "longer", lambda step, seconds, device: seconds)
+    assert calibrate.measure().together == {"float32": 3.0, "bfloat16": 4.0}
 
 
 def test_the_step_is_that_of_gated_perceptrons():
     with composed._Counting() as counting:
-        composed._step(torch.float32)()
+        composed.small_step(torch.float32)()
     products = [work for work in counting.counts.all_works() if work.kind == "product"]
     forward = 3 * 2 * composed.ROWS * composed.WIDTH * composed.INNER
     assert sum(work.flops * work.calls for work in products) == 3 * composed.BLOCKS * forward, "and twice that backward"

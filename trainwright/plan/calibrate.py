@@ -38,7 +38,7 @@ CHAIN = 50
 PATIENCE = 0.003  # seconds for one size in a round
 LASTING = 0.02  # seconds: what comes only with a first call, of a millisecond or so, is lost in these
 SLOW = 4  # times as long as in float32: bfloat16 where the processor has no instructions for it
-BRIEF = 0.02  # seconds: what takes longer in such a dtype isn't measured but taken to be as fast as a smaller one
+BRIEF = 0.01  # seconds: what takes longer in such a dtype isn't measured but taken to be as fast as a smaller one
 ALIGNED = 32  # numbers between which a tensor starts: 64 bytes and more
 COLD = 2**24  # bytes of a product's operands that are gone through in turn
 COLDER = 2**26  # the same of elementwise work, which waits for memory
@@ -71,11 +71,17 @@ def measure() -> Curves:
         torch.manual_seed(0)
         seconds = {name: _product(getattr(torch, name), *PROBE) for name in SIZES}
         quick = [name for name in SIZES if seconds[name] < seconds["float32"] * SLOW]
-        first = _once({name: math.inf if name in quick else BRIEF for name in SIZES})
-        curves = _faster(first, _once(dict.fromkeys(quick, math.inf)))
+        steps = {name: composed.small_step(getattr(torch, name)) for name in DTYPES if name in quick}
+        first, took = _once({name: math.inf if name in quick else BRIEF for name in SIZES}), _each(steps)
+        curves, took = _faster(first, _once(dict.fromkeys(quick, math.inf))), list(map(min, took, _each(steps)))
         _kept.clear()
-        together = {name: composed.longer(getattr(torch, name), _device(curves)) for name in DTYPES if name in quick}
+        device = _device(curves)
+        together = {name: composed.longer(steps[name], seconds, device) for name, seconds in zip(steps, took, strict=True)}
         return dataclasses.replace(curves, together=together)
+
+
+def _each(steps: Mapping[str, Callable[[], None]]) -> list[float]:
+    return [composed.fastest(step) for step in steps.values()]
 
 
 def _once(longest: Mapping[str, float]) -> Curves:

@@ -16,7 +16,7 @@ from trainwright.plan.devices import Device
 from trainwright.plan.timing import estimate
 
 ROWS, WIDTH, INNER, BLOCKS = 1024, 384, 1024, 3  # some 20 GFLOP
-REPEATS, PATIENCE = 9, 0.4  # at most, and seconds
+REPEATS, PATIENCE = 9, 0.3  # at most, and seconds
 
 
 class _Counting(TorchDispatchMode):
@@ -30,15 +30,14 @@ class _Counting(TorchDispatchMode):
         return result
 
 
-def longer(dtype: torch.dtype, device: Device) -> float:
-    """The time of the step through that of its operators by the device's curves."""
-    step = _step(dtype)
+def longer(step: Callable[[], None], seconds: float, device: Device) -> float:
+    """The time of a step, which isn't its first, through that of its operators by the device's curves."""
     with _Counting() as counting:
         step()
-    return _seconds(step) / estimate(counting.counts.all_works(), [], device).seconds
+    return seconds / estimate(counting.counts.all_works(), [], device).seconds
 
 
-def _step(dtype: torch.dtype) -> Callable[[], None]:
+def small_step(dtype: torch.dtype) -> Callable[[], None]:
     """Forward, backward and update of gated perceptrons with norms around which the stream goes on, as in a Llama."""
     blocks = [[torch.randn(shape).to(dtype).mul_(0.02) for shape in _SHAPES] for _ in range(BLOCKS)]
     weights = [weight.requires_grad_() for block in blocks for weight in block]
@@ -64,8 +63,8 @@ def _block(stream: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor)
     return stream + functional.linear(functional.silu(functional.linear(inner, gate)) * functional.linear(inner, up), down)
 
 
-def _seconds(step: Callable[[], None]) -> float:
-    """The fastest: others' work only ever adds time."""
+def fastest(step: Callable[[], None]) -> float:
+    """Seconds of the fastest of some: others' work only ever adds time."""
     found: list[float] = []
     while len(found) < REPEATS and sum(found) < PATIENCE:
         started = time.perf_counter()
