@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
 
 from trainwright.models.gguf import GGUFWeights
 from trainwright.models.hub import TOKENIZER_FILES, is_hub_name, snapshot
@@ -89,7 +92,7 @@ def from_gguf(source: Source) -> PreTrainedTokenizerFast:
         )
     from transformers import PreTrainedTokenizerFast
 
-    with quiet():
+    with quiet(), mapped_plainly():
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(
                 str(source.path.parent), gguf_file=source.path.name, local_files_only=True, **defaults(file, rule)
@@ -99,6 +102,18 @@ def from_gguf(source: Source) -> PreTrainedTokenizerFast:
     if kind == "gpt2":
         restore_rule(tokenizer, rule)
     return portable(tokenizer)
+
+
+@contextmanager
+def mapped_plainly() -> Iterator[None]:
+    """While transformers reads a GGUF file as a plain array: each of the vocabulary's words is a slice, dear of a memmap."""
+    from transformers.integrations.gguf import reader
+
+    def mapped(path: str) -> np.ndarray:
+        return np.memmap(path, mode="r", dtype=np.uint8).view(np.ndarray)
+
+    with mock.patch.object(reader, "_mapped", mapped):
+        yield
 
 
 def defaults(file: GGUFWeights, rule: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def _larger(one: Any, other: Any) -> Any:
     return list(map(_larger, one, other)) if isinstance(one, list) else max(one, other)
 
 
-def _seconds(call: Callable[[int], object], most: int = 40) -> float:
+def _seconds(call: Callable[[int], object], least: int = 1, most: int = 40) -> float:
     """The lower quartile of some calls after one to warm up, or of a long one that itself; ``call`` gets their numbers.
 
     Others' work only ever adds time, and with several threads a call may wait a whole time slice for one of them.
@@ -113,7 +113,7 @@ def _seconds(call: Callable[[int], object], most: int = 40) -> float:
     first = _timed(call, 0)
     if first > LASTING:
         return first
-    least = 3 if first < PATIENCE else 1
+    least = 3 if first < PATIENCE else least
     found: list[float] = []
     ends = time.perf_counter() + PATIENCE
     while len(found) < most and (len(found) < least or time.perf_counter() < ends):
@@ -298,9 +298,9 @@ def _pairs(length: int) -> float:
 def _both(call: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> tuple[float, float]:
     """Seconds forward and backward."""
     out: list[Tensor] = []
-    forward = _seconds(lambda _: out.__setitem__(slice(None), [call()]))
+    forward = _seconds(lambda _: out.__setitem__(slice(None), [call()]), least=3)
     grad = torch.ones_like(out[0])
-    return forward, _seconds(lambda _: torch.autograd.grad(out[0], inputs, grad, retain_graph=True))
+    return forward, _seconds(lambda _: torch.autograd.grad(out[0], inputs, grad, retain_graph=True), least=3)
 
 
 def _named(
