@@ -86,7 +86,7 @@ def test_products_that_would_take_long_are_as_fast_as_smaller_ones(monkeypatch):
 
 
 def test_rates_are_work_over_time(monkeypatch):
-    monkeypatch.setattr(calibrate, "_seconds", lambda call, most=0: (call(0), 2.0)[1])
+    monkeypatch.setattr(calibrate, "_seconds", lambda call, **_: (call(0), 2.0)[1])
     monkeypatch.setattr(calibrate, "SIZES", {"float32": [16, 32]})
     monkeypatch.setattr(calibrate, "BYTES", [2**12])
     monkeypatch.setattr(calibrate, "LENGTHS", [16])
