@@ -59,7 +59,10 @@ ALLOWED: dict[str, set[str]] = {
     "fit": {*BELOW_VERBS, "launch", "budget"},
     "verify": {*BELOW_VERBS, "launch.pool", "verify"},
     "plan": {*BELOW_VERBS, "forking", "plan"},
-    **{f"plan.{name}": {"recipe", "plan"} for name in ("work", "devices", "calibrate", "timing", "pareto", "report", "show")},
+    **{
+        f"plan.{name}": {"recipe", "plan"}
+        for name in ("work", "devices", "calibrate", "this_cpu", "timing", "pareto", "report", "show")
+    },
     "plan.page": {"recipe", "plan", "report.style"},
     "cli": {"cli", "recipe", "sampling", "build", "launch", "importing", "plan", "verify", *VERBS},
     "__main__": {"recipe", "cli", "launch"},

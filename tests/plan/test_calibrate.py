@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from trainwright.plan import calibrate, composed
+from trainwright.plan import calibrate, composed, this_cpu
 from trainwright.plan.devices import Curves, find
 from trainwright.plan.timing import estimate
 from trainwright.plan.work import Work
@@ -155,7 +155,7 @@ def test_a_whole_step_is_held_against_its_operators(measured):
     """Of operators that are calibrated twice as fast a step takes twice as long; a step may take milliseconds."""
     step = composed.small_step(torch.float32)
     step()  # the first one also makes the optimizer's states
-    device = calibrate._device(dataclasses.replace(measured, together={}, overhead=0.0))
+    device = calibrate.as_device(dataclasses.replace(measured, together={}, overhead=0.0))
     factor = composed.longer(step, 1.0, device)
     rates = {name: (sizes, [2 * rate for rate in found]) for name, (sizes, found) in measured.rates.items()}
     sizes, planes = measured.products["float32"]
@@ -235,7 +235,7 @@ def test_another_number_of_threads_is_measured_anew(monkeypatch, tmp_path, measu
     monkeypatch.setattr(calibrate, "measure", lambda: calls.append(1) or measured)
     for threads in (1, 3, 1):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert calibrate.cpu().units == threads
+        assert this_cpu.cpu().units == threads
     assert len(calls) == 2
 
 
@@ -243,18 +243,18 @@ def test_another_number_of_threads_is_measured_anew(monkeypatch, tmp_path, measu
 def test_a_spoiled_cache_is_measured_again(monkeypatch, tmp_path, measured, spoiled):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "measure", lambda: measured)
-    file = calibrate._file()
+    file = this_cpu._file()
     file.parent.mkdir()
     file.write_text(spoiled)
-    assert calibrate.cpu().curves == measured
-    assert calibrate._read(file) == measured
+    assert this_cpu.cpu().curves == measured
+    assert this_cpu._read(file) == measured
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, measured):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(calibrate, "measure", lambda: measured)
-    assert calibrate.cpu().curves == measured
+    assert this_cpu.cpu().curves == measured
 
 
 def test_a_measured_size_is_predicted_as_measured(monkeypatch, tmp_path, measured):
@@ -262,7 +262,7 @@ def test_a_measured_size_is_predicted_as_measured(monkeypatch, tmp_path, measure
     monkeypatch.setattr(calibrate, "measure", lambda: measured)
     flops = 2 * 64 * 64 * 16
     one = Work("aten.mm", "product", "bfloat16", flops, 1, (1, 64, 64, 16), "forward", 5)
-    found = estimate([one], [], calibrate.cpu())
+    found = estimate([one], [], this_cpu.cpu())
     rate = measured.products["bfloat16"][1][1][1][0]
     together = measured.together.get("bfloat16", measured.together["float32"])
     assert found.seconds == pytest.approx(5 * (together * flops / rate + measured.overhead))

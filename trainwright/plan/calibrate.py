@@ -1,21 +1,15 @@
-"""How fast this machine's CPU is: some seconds of measuring, kept in the user's cache for the next time."""
+"""How fast this machine's CPU is: five seconds of measuring."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import logging
 import math
 import os
-import platform
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -46,15 +40,8 @@ COLDER = 2**26  # the same of elementwise work, which waits for memory
 LOOPBACK, LOOPBACK_LATENCY = 1.5e9, 60e-6
 
 
-def cpu() -> Device:
-    """This machine's CPU with the threads that torch has now, from the cache.
-
-    If it isn't there, it is measured, in some five seconds.
-    """
-    return _device(_read(_file()) or _keep(_file(), measure()))
-
-
-def _device(curves: Curves) -> Device:
+def as_device(curves: Curves) -> Device:
+    """This machine's CPU, with the threads that torch has now, at these speeds."""
     best = {
         dtype: max(rate for plane in rates for line in plane for rate in line) for dtype, (_, rates) in curves.products.items()
     }
@@ -75,7 +62,7 @@ def measure() -> Curves:
         first, took = _once({name: math.inf if name in quick else BRIEF for name in SIZES}), _each(steps)
         curves, took = _faster(first, _once(dict.fromkeys(quick, math.inf))), list(map(min, took, _each(steps)))
         _kept.clear()
-        device = _device(curves)
+        device = as_device(curves)
         together = {name: composed.longer(steps[name], seconds, device) for name, seconds in zip(steps, took, strict=True)}
         return dataclasses.replace(curves, together=together)
 
@@ -317,49 +304,3 @@ def _overhead() -> float:
     chain = torch.nn.Sequential(*(torch.nn.Linear(1, 1) for _ in range(CHAIN)))
     # A layer is five operators: a product forward, two and a sum backward, and the gradient's way into ``grad``.
     return _seconds(lambda _: chain(one).backward()) / (5 * CHAIN)
-
-
-# --- the cache ----------------------------------------------------------------
-
-
-def _file() -> Path:
-    """In the user's cache, named by everything that the rates depend on."""
-    packed = hasattr(torch.ops.trainwright, "packed_attention")
-    source = hashlib.sha256(Path(__file__).read_bytes() + Path(composed.__file__).read_bytes()).hexdigest()
-    key = repr((source, _model(), os.cpu_count(), torch.__version__, torch.get_num_threads(), packed))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trainwright"
-    return folder / f"cpu_speed-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-
-
-def _model() -> str:
-    """Of the CPU, with what it can compute."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return " ".join(next((line for line in lines if line.startswith(word)), "") for word in ("model name", "flags", "Features"))
-
-
-def _read(file: Path) -> Curves | None:
-    """None where nothing has been kept, or it isn't whole."""
-    try:
-        kept = json.loads(file.read_text())
-        pairs = [{name: (one, two) for name, (one, two) in kept[part].items()} for part in ("products", "rates")]
-        together = {dtype: float(factor) for dtype, factor in kept["together"].items()}
-        return Curves(pairs[0], pairs[1], float(kept["overhead"]), together)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _keep(file: Path, curves: Curves) -> Curves:
-    """Atomically; a cache that can't be written isn't needed."""
-    temporary = file.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(dataclasses.asdict(curves)))
-        os.replace(temporary, file)
-    except OSError as error:
-        logger.info("the speed of this CPU isn't kept: %s", error)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    return curves

@@ -61,9 +61,9 @@ def find(name: str) -> Device:
     """
     wanted = _plain(name)
     if wanted == "cpu":
-        from trainwright.plan import calibrate  # it needs torch, which the table doesn't
+        from trainwright.plan import this_cpu  # it needs torch, which the table doesn't
 
-        return calibrate.cpu()
+        return this_cpu.cpu()
     if (found := _by_name().get(wanted)) is not None:
         return found
     known = [word for device in TABLE for word in (device.name, *device.aliases)]
