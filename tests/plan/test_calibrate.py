@@ -88,6 +88,7 @@ def test_products_that_would_take_long_are_as_fast_as_smaller_ones(monkeypatch):
 def test_rates_are_work_over_time(monkeypatch):
     monkeypatch.setattr(calibrate, "_seconds", lambda call, **_: (call(0), 2.0)[1])
     monkeypatch.setattr(calibrate, "SIZES", {"float32": [16, 32]})
+    monkeypatch.setattr(calibrate, "LONG", 1000.0)
     monkeypatch.setattr(calibrate, "BYTES", [2**12])
     monkeypatch.setattr(calibrate, "LENGTHS", [16])
     monkeypatch.setattr(calibrate, "CONVOLUTIONS", ((4, 8),))
@@ -128,12 +129,11 @@ def test_a_dtype_without_instructions_is_measured_briefly(monkeypatch):
     """It has a limit for each call, no second round and no whole step."""
     rounds = []
     once = calibrate._once
-    monkeypatch.setattr(calibrate, "_product", lambda dtype, *_: 5.0 if dtype is torch.bfloat16 else 1.0)
+    monkeypatch.setattr(calibrate, "_soonest", lambda dtype: 5.0 if dtype is torch.bfloat16 else 1.0)
     monkeypatch.setattr(calibrate, "_once", lambda longest: rounds.append(longest) or once(longest))
     found = calibrate.measure()
-    assert rounds == [
-        {"float32": math.inf, "bfloat16": calibrate.BRIEF, "float16": math.inf}, {"float32": math.inf, "float16": math.inf}
-    ]  # fmt: skip
+    others = {"float32": calibrate.LONG, "float16": calibrate.LONG}
+    assert rounds == [{**others, "bfloat16": calibrate.BRIEF}, others]
     assert found.together.keys() == {"float32"}
 
 
@@ -169,7 +169,7 @@ def test_the_faster_of_two_turns_counts_for_the_whole_step_too(monkeypatch):
     """They are some seconds apart, as those of the operators are."""
     turns = iter([4.0, 4.0, 3.0, 5.0])
     monkeypatch.setattr(calibrate, "SIZES", {"float32": [16, 64], "bfloat16": [16, 64]})
-    monkeypatch.setattr(calibrate, "_product", lambda *_: 1.0)
+    monkeypatch.setattr(calibrate, "_soonest", lambda dtype: 1.0)
     monkeypatch.setattr(composed, "fastest", lambda step: next(turns))
     monkeypatch.setattr(composed, "longer", lambda step, seconds, device: seconds)
     assert calibrate.measure().together == {"float32": 3.0, "bfloat16": 4.0}
@@ -219,14 +219,18 @@ def test_our_kernel_is_measured_where_it_is_loaded():
 
 def test_the_second_time_it_is_read(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = find("cpu")
+    said = []
+    first = find("cpu", said.append)
     monkeypatch.setattr(calibrate, "measure", lambda: pytest.fail("measured again"))
-    assert find("CPU") == first
+    assert find("CPU", said.append) == first
     assert first.curves == find("cpu").curves
     assert first.name == "cpu"
     assert first.flops["float32"] == max(r for plane in first.curves.products["float32"][1] for line in plane for r in line)
     (kept,) = (tmp_path / "trainwright").glob("cpu_speed-*")
     assert json.loads(kept.read_text())["overhead"] == first.curves.overhead
+    (told,) = said
+    assert "measuring this CPU" in told
+    assert str(kept) in told
 
 
 def test_another_number_of_threads_is_measured_anew(monkeypatch, tmp_path, measured):

@@ -54,7 +54,7 @@ def plan(
             from trainwright.plan.sweep import sweep as try_all
 
             return try_all(settings, options, out, _tell).as_json()
-        planned = command.plan(settings, options)
+        planned = command.plan(settings, options, say=_tell)
         shown.append(planned)
         return planned.as_json()
 

@@ -69,7 +69,7 @@ def offers(recipe: Recipe, options: command.Options, say: Callable[[str], None] 
     Raises:
         InputError: the recipe itself is refused.
     """
-    device = command.find_device(options.device)
+    device = command.find_device(options.device, say)
     count = options.count or command.least(recipe)
     found: list[Offer] = []
     with prepared_once():

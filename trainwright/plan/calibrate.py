@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 SIZES = {"float32": [16, 128, 512, 1536], "bfloat16": [16, 128, 512, 1536], "float16": [32, 256]}
 DTYPES = ("float32", "bfloat16")  # of all that isn't a product
 BYTES = [2**16, 2**20, 2**23, 2**26]  # in the inner caches, the outer ones, and out of them
-PROBE = (128, 128, 128)
+PROBE = 256  # of each axis
 LENGTHS = [128, 512, 1536]
 CONVOLUTIONS = ((64, 32), (512, 2), (512, 4), (256, 8), (128, 32))  # channels and pixels along a side
 HEADS, HEAD_SIZE = 8, 64
@@ -33,6 +33,7 @@ PATIENCE = 0.003  # seconds for one size in a round
 LASTING = 0.02  # seconds: what comes only with a first call, of a millisecond or so, is lost in these
 SLOW = 4  # times as long as in float32: bfloat16 where the processor has no instructions for it
 BRIEF = 0.01  # seconds: what takes longer in such a dtype isn't measured but taken to be as fast as a smaller one
+LONG = 0.3  # the same in any other: on a busy machine all takes long
 ALIGNED = 32  # numbers between which a tensor starts: 64 bytes and more
 COLD = 2**24  # bytes of a product's operands that are gone through in turn
 COLDER = 2**26  # the same of elementwise work, which waits for memory
@@ -56,15 +57,21 @@ def measure() -> Curves:
     """Rates over sizes of products, convolutions, attention and elementwise work, the overhead of a call, and all together."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        seconds = {name: _product(getattr(torch, name), *PROBE) for name in SIZES}
+        seconds = {name: _soonest(getattr(torch, name)) for name in SIZES}
         quick = [name for name in SIZES if seconds[name] < seconds["float32"] * SLOW]
         steps = {name: composed.small_step(getattr(torch, name)) for name in DTYPES if name in quick}
-        first, took = _once({name: math.inf if name in quick else BRIEF for name in SIZES}), _each(steps)
-        curves, took = _faster(first, _once(dict.fromkeys(quick, math.inf))), list(map(min, took, _each(steps)))
+        first, took = _once({name: LONG if name in quick else BRIEF for name in SIZES}), _each(steps)
+        curves, took = _faster(first, _once(dict.fromkeys(quick, LONG))), list(map(min, took, _each(steps)))
         _kept.clear()
         device = as_device(curves)
         together = {name: composed.longer(steps[name], seconds, device) for name, seconds in zip(steps, took, strict=True)}
         return dataclasses.replace(curves, together=together)
+
+
+def _soonest(dtype: torch.dtype) -> float:
+    """Seconds of the quickest of some products: one that isn't disturbed tells whether there are instructions for a dtype."""
+    one = torch.full((PROBE, PROBE), 0.5, dtype=dtype)
+    return min(_timed(lambda _: torch.mm(one, one), turn) for turn in range(10))
 
 
 def _each(steps: Mapping[str, Callable[[], None]]) -> list[float]:

@@ -72,14 +72,14 @@ class Planned:
         }
 
 
-def plan(recipe: Recipe, options: Options | None = None, splits: Any = None) -> Planned:
-    """What the process with the most memory takes, and how long a step of all takes.
+def plan(recipe: Recipe, options: Options | None = None, splits: Any = None, say: Say = lambda text: None) -> Planned:
+    """What the process with the most memory takes, and how long a step of all takes; ``say`` is told what takes time.
 
     Raises:
         InputError: the recipe is refused, as training it would be; or an operator has no fake form.
     """
     started, asked = time.perf_counter(), options or Options()
-    device = find_device(asked.device)
+    device = find_device(asked.device, say)
     count = asked.count or least(recipe)
     settled_, notes = settled(recipe, device, count)
     found = rehearse_stages(settled_, count, splits)
@@ -111,12 +111,12 @@ def put_together(
     return Planned(made, device, count, largest.rank, rate, largest.unit, largest.changes, budget, seconds)
 
 
-def find_device(name: str | None) -> Device:
+def find_device(name: str | None, say: Say = lambda text: None) -> Device:
     """By its name; None is what this machine trains on."""
     if name is not None:
-        return devices.find(name)
+        return devices.find(name, say)
     here = build.choose_device("auto")
-    return devices.find(torch.cuda.get_device_name(here) if here.type == "cuda" else here.type)
+    return devices.find(torch.cuda.get_device_name(here) if here.type == "cuda" else here.type, say)
 
 
 def least(recipe: Recipe) -> int:

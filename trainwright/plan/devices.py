@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from trainwright.recipe import InputError, nearest
@@ -53,7 +53,7 @@ class Device:
     curves: Curves | None = field(default=None, repr=False)
 
 
-def find(name: str) -> Device:
+def find(name: str, say: Callable[[str], None] = lambda text: None) -> Device:
     """A device by its name or what torch calls it: "h100", "A100 40GB", "NVIDIA H100 80GB HBM3"; "cpu" is measured at once.
 
     Raises:
@@ -63,7 +63,7 @@ def find(name: str) -> Device:
     if wanted == "cpu":
         from trainwright.plan import this_cpu  # it needs torch, which the table doesn't
 
-        return this_cpu.cpu()
+        return this_cpu.cpu(say)
     if (found := _by_name().get(wanted)) is not None:
         return found
     known = [word for device in TABLE for word in (device.name, *device.aliases)]

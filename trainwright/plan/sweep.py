@@ -70,7 +70,7 @@ def sweep(recipe: Recipe, options: Options, out: Path, say: Say = lambda text: N
     Raises:
         InputError: the recipe itself is refused, or nothing can be written.
     """
-    device = command.find_device(options.device)
+    device = command.find_device(options.device, say)
     count = options.count or command.least(recipe)
     budget = options.budget or device.memory
     refused: dict[str, int] = {}

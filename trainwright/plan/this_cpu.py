@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,12 +21,16 @@ from trainwright.plan.devices import Curves, Device
 logger = logging.getLogger(__name__)
 
 
-def cpu() -> Device:
+def cpu(say: Callable[[str], None] = lambda text: None) -> Device:
     """This machine's CPU with the threads that torch has now, from the cache.
 
-    If it isn't there, it is measured, in some five seconds.
+    If it isn't there, it is measured, in some five seconds, as ``say`` is told.
     """
-    return calibrate.as_device(_read(_file()) or _keep(_file(), calibrate.measure()))
+    file = _file()
+    if (curves := _read(file)) is None:
+        say(f"measuring this CPU, once: some five seconds; if other work slows it down, delete {file} later")
+        curves = _keep(file, calibrate.measure())
+    return calibrate.as_device(curves)
 
 
 def _file() -> Path:
