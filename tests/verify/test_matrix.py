@@ -133,10 +133,14 @@ def test_what_passed_is_not_run_again_and_what_failed_is(tmp_path, pretend):
     first = mlp(tmp_path, small=True)
     count = len(ran)
     assert first.fresh == count > 0
+    assert sum(model.combinations for model in first.models) == count
     with (tmp_path / store.RESULTS).open("a") as file:
         file.write('{"key": "half a li')  # killed
     again = mlp(tmp_path, small=True)
     assert again.counts() == first.counts()
+    assert [model.combinations for model in again.models] == [model.combinations for model in first.models], (
+        "what was known counts, too"
+    )
     assert all({"TP", "bf16"} <= on for on in ran[count:])
     broken["yes"] = False
     assert mlp(tmp_path, small=True).good

@@ -142,7 +142,7 @@ class _Model:
     causes: list[Cause] = field(default_factory=list)
     passed: dict[frozenset[covering.Level], Outcome] = field(default_factory=dict)  # by whole rows
     alone: dict[Levels, Outcome] = field(default_factory=dict)  # by the levels of smallest combinations
-    ran: int = 0
+    ran: set[str] = field(default_factory=set)  # keys of what was proved, now or in a run that was killed
 
     def __post_init__(self) -> None:
         self.factors = combinations.factors(self.name, small=self.small)
@@ -161,7 +161,7 @@ class _Model:
                 self._smallest(pair)
         cells = {pair: self._cell(pair) for pair in self._pairs() if pair & self.techniques}
         alone = {level: self._cell(frozenset({(name, level)})) for name, level in self._in_order(self.techniques)}
-        return ModelResult(self.name, self.factors, cells, alone, self.causes, self.ran)
+        return ModelResult(self.name, self.factors, cells, alone, self.causes, len(self.ran))
 
     def _in_order(self, levels: set[covering.Level]) -> list[covering.Level]:
         return [(name, level) for name in self.levels for level in self.levels[name] if (name, level) in levels]
@@ -279,8 +279,8 @@ class _Model:
             return Outcome("refused", why=str(error))
         fresh = self.store.fresh
         outcome = self.store.get(job, self.name, row, lambda: prove(job, self.runner))
+        self.ran.add(self.store.key(job))
         if self.store.fresh > fresh:
-            self.ran += 1
             shown = " + ".join(row[name] for name in self._switched(row)) or "plain"
             more = f"worst {outcome.worst:.2f}" if outcome.verdict == "passed" else outcome.why
             self.say(f"{self.name}, {shown}: {outcome.verdict}, {'exact' if outcome.exact else more} ({outcome.seconds:.1f} s)")

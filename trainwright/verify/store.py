@@ -64,7 +64,7 @@ class Store:
 
     def get(self, job: Job, model: str, combination: Mapping[str, str], make: Callable[[], Outcome]) -> Outcome:
         """The outcome of a job: known, or made and written down."""
-        key = self._key(job)
+        key = self.key(job)
         if key not in self._known:
             self.fresh += 1
             self._known[key] = make()
@@ -72,7 +72,8 @@ class Store:
             self._append(f"{json.dumps(line)}\n")
         return self._known[key]
 
-    def _key(self, job: Job) -> str:
+    def key(self, job: Job) -> str:
+        """Of a job: everything that made its result."""
         recipe = job.recipe.model_dump_json().replace(json.dumps(str(self.folder))[1:-1], "")
         settings = [getattr(job, name) for name in ("steps", "resume", "dropout")]
         return hashlib.sha256(json.dumps([recipe, settings, versions(), _sources()]).encode()).hexdigest()[:16]
