@@ -86,7 +86,7 @@ def test_products_that_would_take_long_are_as_fast_as_smaller_ones(monkeypatch):
 
 
 def test_rates_are_work_over_time(monkeypatch):
-    monkeypatch.setattr(calibrate, "_seconds", lambda call, **_: (call(0), 2.0)[1])
+    monkeypatch.setattr(calibrate, "_seconds", lambda call, *_, **__: (call(0), 2.0)[1])
     monkeypatch.setattr(calibrate, "SIZES", {"float32": [16, 32]})
     monkeypatch.setattr(calibrate, "LONG", 1000.0)
     monkeypatch.setattr(calibrate, "BYTES", [2**12])
@@ -123,6 +123,14 @@ def test_slow_convolutions_are_not_measured_at_each_size(monkeypatch):
     assert calibrate._as_before(points, 40.0, 80.0, 15.0) == (4.0, 16.0)
     assert calibrate._as_before(points, 40.0, 80.0, 16.0) is None
     assert calibrate._as_before({"forward": [], "backward": []}, 40.0, 80.0, 0.0) is None
+
+
+def test_what_makes_a_convolutions_kernel_is_no_measurement(monkeypatch):
+    """However long the first call takes, where there are instructions for the dtype."""
+    asked = []
+    monkeypatch.setattr(calibrate, "_both", lambda call, inputs, lasting, least: asked.append((lasting, least)) or (1e-3, 2e-3))
+    dict(calibrate._convolutions({"float32": calibrate.LONG, "bfloat16": calibrate.BRIEF}))
+    assert set(asked) == {(math.inf, 3), (calibrate.BRIEF, 3)}
 
 
 def test_a_dtype_without_instructions_is_measured_briefly(monkeypatch):
@@ -197,15 +205,13 @@ def test_bytes_that_an_element_moves(monkeypatch):
 
 def test_the_quick_calls_count(monkeypatch):
     monkeypatch.setattr(calibrate, "PATIENCE", 0.04)
-    monkeypatch.setattr(calibrate, "LASTING", 1.0)
     waits = iter([0.03, 0.02, 0.0, *[0.02] * 9])
-    assert calibrate._seconds(lambda _: time.sleep(next(waits))) < 0.01
+    assert calibrate._seconds(lambda _: time.sleep(next(waits)), lasting=1.0) < 0.01
     turns = []
     monkeypatch.setattr(calibrate, "PATIENCE", 0.0)
     calibrate._seconds(turns.append)
     assert turns == [0, 1], "what takes some time is measured once, after a first time that doesn't count"
-    monkeypatch.setattr(calibrate, "LASTING", 0.0)
-    calibrate._seconds(turns.append)
+    calibrate._seconds(turns.append, lasting=0.0)
     assert turns == [0, 1, 0], "what takes long, at its first time"
 
 

@@ -24,16 +24,17 @@ logger = logging.getLogger(__name__)
 SIZES = {"float32": [16, 128, 512, 1536], "bfloat16": [16, 128, 512, 1536], "float16": [32, 256]}
 DTYPES = ("float32", "bfloat16")  # of all that isn't a product
 BYTES = [2**16, 2**20, 2**23, 2**26]  # in the inner caches, the outer ones, and out of them
-PROBE = 256  # of each axis
+PROBE = 128  # of each axis
 LENGTHS = [128, 512, 1536]
 CONVOLUTIONS = ((64, 32), (512, 2), (512, 4), (256, 8), (128, 32))  # channels and pixels along a side
 HEADS, HEAD_SIZE = 8, 64
 CHAIN = 50
-PATIENCE = 0.002  # seconds for one size in a round
-LASTING = 0.02  # seconds: what comes only with a first call, of a millisecond or so, is lost in these
+PATIENCE = 0.003  # seconds for one size in a round
+MOST = 40  # calls
+LASTING = 0.02  # seconds: what comes only with a product's first call, of a millisecond or so, is lost in these
 SLOW = 4  # times as long as in float32: bfloat16 where the processor has no instructions for it
 BRIEF = 0.01  # seconds: what takes longer in such a dtype isn't measured but taken to be as fast as a smaller one
-LONG = 0.1  # the same in any other: on a busy machine all takes long
+LONG = 0.3  # the same in any other: on a busy machine all takes long
 ALIGNED = 32  # numbers between which a tensor starts: 64 bytes and more
 COLD = 2**24  # bytes of a product's operands that are gone through in turn
 COLDER = 2**26  # the same of elementwise work, which waits for memory
@@ -99,18 +100,18 @@ def _larger(one: Any, other: Any) -> Any:
     return list(map(_larger, one, other)) if isinstance(one, list) else max(one, other)
 
 
-def _seconds(call: Callable[[int], object], least: int = 1, most: int = 40) -> float:
-    """The lower quartile of some calls after one to warm up, or of a long one that itself; ``call`` gets their numbers.
+def _seconds(call: Callable[[int], object], lasting: float = LASTING, least: int = 1) -> float:
+    """The lower quartile of some calls after one to warm up, or, if that was ``lasting``, its own; ``call`` gets their numbers.
 
     Others' work only ever adds time, and with several threads a call may wait a whole time slice for one of them.
     """
     first = _timed(call, 0)
-    if first > LASTING:
+    if first > lasting:
         return first
     least = 3 if first < PATIENCE else least
     found: list[float] = []
     ends = time.perf_counter() + PATIENCE
-    while len(found) < most and (len(found) < least or time.perf_counter() < ends):
+    while len(found) < MOST and (len(found) < least or time.perf_counter() < ends):
         found.append(_timed(call, len(found) + 1))
     return sorted(found)[len(found) // 4]
 
@@ -218,7 +219,9 @@ def _convolutions(longest: Mapping[str, float]) -> Iterator[tuple[str, tuple[lis
             flops = 2.0 * 8 * channels**2 * 9 * side**2
             moved = dtype.itemsize * (2 * image.numel() + weight.numel())
             call = functools.partial(torch.conv2d, image, weight, padding=1)
-            forward, backward = _as_before(points, flops, 2 * flops, most) or _both(call, (image, weight))
+            # The first call makes the kernel, which may take a second: it only counts where all take longer.
+            lasting = most if most == BRIEF else math.inf
+            forward, backward = _as_before(points, flops, 2 * flops, most) or _both(call, (image, weight), lasting, least=3)
             points["forward"].append((flops / moved, flops / forward))
             points["backward"].append(
                 (2 * flops / (moved + dtype.itemsize * (image.numel() + weight.numel())), 2 * flops / backward)
@@ -289,12 +292,14 @@ def _pairs(length: int) -> float:
     return HEADS * HEAD_SIZE * length * (length + 1) / 2
 
 
-def _both(call: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Seconds forward and backward."""
+def _both(
+    call: Callable[[], Tensor], inputs: tuple[Tensor, ...], lasting: float = LASTING, least: int = 1
+) -> tuple[float, float]:
+    """Seconds forward and backward, as ``_seconds``."""
     out: list[Tensor] = []
-    forward = _seconds(lambda _: out.__setitem__(slice(None), [call()]), least=3)
+    forward = _seconds(lambda _: out.__setitem__(slice(None), [call()]), lasting, least)
     grad = torch.ones_like(out[0])
-    return forward, _seconds(lambda _: torch.autograd.grad(out[0], inputs, grad, retain_graph=True), least=3)
+    return forward, _seconds(lambda _: torch.autograd.grad(out[0], inputs, grad, retain_graph=True), lasting, least)
 
 
 def _named(
