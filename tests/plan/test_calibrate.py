@@ -130,7 +130,7 @@ def test_what_makes_a_convolutions_kernel_is_no_measurement(monkeypatch):
     asked = []
     monkeypatch.setattr(calibrate, "_both", lambda call, inputs, lasting, least: asked.append((lasting, least)) or (1e-3, 2e-3))
     dict(calibrate._convolutions({"float32": calibrate.LONG, "bfloat16": calibrate.BRIEF}))
-    assert set(asked) == {(math.inf, 3), (calibrate.BRIEF, 3)}
+    assert set(asked) == {(math.inf, 2), (calibrate.BRIEF, 2)}
 
 
 def test_a_dtype_without_instructions_is_measured_briefly(monkeypatch):

@@ -29,7 +29,7 @@ LENGTHS = [128, 512, 1536]
 CONVOLUTIONS = ((64, 32), (512, 2), (512, 4), (256, 8), (128, 32))  # channels and pixels along a side
 HEADS, HEAD_SIZE = 8, 64
 CHAIN = 50
-PATIENCE = 0.003  # seconds for one size in a round
+PATIENCE = 0.002  # seconds for one size in a round
 MOST = 40  # calls
 LASTING = 0.02  # seconds: what comes only with a product's first call, of a millisecond or so, is lost in these
 SLOW = 4  # times as long as in float32: bfloat16 where the processor has no instructions for it
@@ -221,7 +221,7 @@ def _convolutions(longest: Mapping[str, float]) -> Iterator[tuple[str, tuple[lis
             call = functools.partial(torch.conv2d, image, weight, padding=1)
             # The first call makes the kernel, which may take a second: it only counts where all take longer.
             lasting = most if most == BRIEF else math.inf
-            forward, backward = _as_before(points, flops, 2 * flops, most) or _both(call, (image, weight), lasting, least=3)
+            forward, backward = _as_before(points, flops, 2 * flops, most) or _both(call, (image, weight), lasting, least=2)
             points["forward"].append((flops / moved, flops / forward))
             points["backward"].append(
                 (2 * flops / (moved + dtype.itemsize * (image.numel() + weight.numel())), 2 * flops / backward)

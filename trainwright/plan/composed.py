@@ -16,7 +16,7 @@ from trainwright.plan.devices import Device
 from trainwright.plan.timing import estimate
 
 ROWS, WIDTH, INNER, BLOCKS = 1024, 384, 1024, 3  # some 20 GFLOP
-REPEATS, PATIENCE = 9, 0.3  # at most, and seconds
+REPEATS, PATIENCE = 9, 0.2  # at most, and seconds
 
 
 class _Counting(TorchDispatchMode):
